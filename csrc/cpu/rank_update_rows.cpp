@@ -1,0 +1,94 @@
+// The inner loops of rank_update on a CPU: widen, multiply-add in float, round once.
+//
+// CMake compiles this file once per level, with PYMEND_LEVEL and that level's flags. It includes math/ only: an inline
+// function of the standard library compiled with AVX-512 could be the copy that the linker keeps for everyone.
+#include "cpu/rank_update_rows.h"
+
+namespace pymend {
+namespace PYMEND_LEVEL {
+namespace {
+
+constexpr int ROWS = 4;    // rows computed together: each load of `col` is used four times
+constexpr int SPAN = 256;  // columns computed together: the sums, 4 KiB, stay in L1
+#if defined(__AVX512F__)
+constexpr int LANES = 16;  // floats of a vector register
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+constexpr int PAIR = 2;    // vectors side by side: 8 chains of multiply-adds hide their latency
+typedef float Lanes __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float)), may_alias));
+
+// sum[r][j] = sum_k row[k, rows[r]] * col[k, col0 + j] for j in [j0, j0 + WIDE * LANES)
+template <int WIDE, typename T>
+PYMEND_INLINE void product_lanes(const RankUpdate<T>& m, const int64_t* rows, int64_t col0, int j0, float (*sum)[SPAN]) {
+  Lanes total[ROWS][WIDE] = {};
+  const float* row = m.row;
+  const float* col = m.col + col0 + j0;
+  for (int64_t k = 0; k < m.n; ++k, row += m.rows, col += m.cols) {
+    for (int r = 0; r < ROWS; ++r) {
+      for (int w = 0; w < WIDE; ++w) total[r][w] += row[rows[r]] * *reinterpret_cast<const Lanes*>(col + w * LANES);
+    }
+  }
+  for (int r = 0; r < ROWS; ++r) {
+    for (int w = 0; w < WIDE; ++w) *reinterpret_cast<Lanes*>(sum[r] + j0 + w * LANES) = total[r][w];
+  }
+}
+
+template <typename T>
+PYMEND_INLINE void product(const RankUpdate<T>& m, const int64_t* rows, int64_t col0, int width, float (*sum)[SPAN]) {
+  int j = 0;
+  for (; j + PAIR * LANES <= width; j += PAIR * LANES) product_lanes<PAIR>(m, rows, col0, j, sum);
+  for (; j + LANES <= width; j += LANES) product_lanes<1>(m, rows, col0, j, sum);
+  for (; j < width; ++j) {
+    for (int r = 0; r < ROWS; ++r) {
+      float total = 0;
+      for (int64_t k = 0; k < m.n; ++k) total += m.row[k * m.rows + rows[r]] * m.col[k * m.cols + col0 + j];
+      sum[r][j] = total;
+    }
+  }
+}
+
+template <typename T>
+PYMEND_INLINE Kept round_row(T* weight, const float* sum, float step, int width) {
+  double along = 0, norm = 0;
+#pragma omp simd reduction(+ : along, norm)
+  for (int j = 0; j < width; ++j) {
+    const float wanted = step * sum[j];
+    const float applied = update_element(weight[j], wanted);
+    along += static_cast<double>(applied) * wanted;
+    norm += static_cast<double>(wanted) * wanted;
+  }
+  return {along, norm};
+}
+
+template <typename T>
+PYMEND_INLINE Kept update(const RankUpdate<T>& m, float step, int64_t begin, int64_t end) {
+  Kept kept;
+  float sum[ROWS][SPAN];
+  for (int64_t col = 0; col < m.cols; col += SPAN) {
+    const int width = static_cast<int>(m.cols - col < SPAN ? m.cols - col : SPAN);
+    for (int64_t row = begin; row < end; row += ROWS) {
+      int64_t rows[ROWS];  // past the end: the last one again, computed and not used
+      for (int r = 0; r < ROWS; ++r) rows[r] = row + r < end ? row + r : end - 1;
+      product(m, rows, col, width, sum);
+      for (int r = 0; r < ROWS && row + r < end; ++r) {
+        kept.add(round_row(m.weight + (row + r) * m.cols + col, sum[r], step, width));
+      }
+    }
+  }
+  return kept;
+}
+
+}  // namespace
+
+Kept update_rows(const RankUpdate<Bf16>& matrix, float step, int64_t begin, int64_t end) {
+  return update(matrix, step, begin, end);
+}
+Kept update_rows(const RankUpdate<Fp16>& matrix, float step, int64_t begin, int64_t end) {
+  return update(matrix, step, begin, end);
+}
+
+}  // namespace PYMEND_LEVEL
+}  // namespace pymend

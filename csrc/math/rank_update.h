@@ -1,0 +1,78 @@
+// rank_update: one element, the operands of one matrix, and the list of tiles that all matrices are cut into.
+//
+//   W[i, j] <- round(W[i, j] + wanted),   wanted = -alpha * sum_k row[k, i] * col[k, j]
+//
+// `row` and `col` are delta and u for a Linear weight (out x in), u and delta for a Conv1D weight (in x out): the
+// layout is settled when the operands are gathered, and no code below knows of it.
+#pragma once
+
+#include "math/rounding.h"
+
+namespace pymend {
+
+// How much of a wanted change survived the rounding: fidelity = <applied, wanted> / |wanted|^2.
+// In double, because the squares of a small update leave the range of a float.
+struct Kept {
+  double along = 0;   // <applied, wanted>
+  double wanted = 0;  // |wanted|^2
+
+  PYMEND_INLINE void add(double applied_, double wanted_) {
+    along += applied_ * wanted_;
+    wanted += wanted_ * wanted_;
+  }
+  PYMEND_INLINE void add(const Kept& other) {
+    along += other.along;
+    wanted += other.wanted;
+  }
+  // Nothing wanted, nothing lost: 1.
+  PYMEND_INLINE double fidelity() const { return wanted > 0 ? along / wanted : 1.0; }
+};
+
+// Adds `wanted` to one weight with one rounding; returns what was really added.
+template <typename T>
+PYMEND_INLINE Acc<T> update_element(T& weight, Acc<T> wanted) {
+  const Acc<T> before = widen(weight);
+  weight = round_to<T>(before + wanted);
+  return widen(weight) - before;
+}
+
+template <typename T>
+struct RankUpdate {
+  T* weight;          // [rows, cols], contiguous
+  const Acc<T>* row;  // [n, rows], contiguous
+  const Acc<T>* col;  // [n, cols], contiguous
+  int64_t rows, cols, n;
+  int64_t first_tile;  // of this matrix in the list
+};
+
+// Passed to a kernel by value: 32 matrices of 56 bytes stay below the 4 KiB of kernel arguments, and a by-value list
+// needs no copy to the device, so a launch can be captured in a graph.
+constexpr int MAX_MATRICES = 32;
+
+template <typename T>
+struct RankUpdateList {
+  RankUpdate<T> item[MAX_MATRICES];
+  int count = 0;
+  int64_t tiles = 0;
+
+  PYMEND_INLINE int64_t end_tile(int i) const { return i + 1 < count ? item[i + 1].first_tile : tiles; }
+
+  // The matrix that a tile belongs to. A matrix without elements has no tile and is passed over.
+  PYMEND_INLINE int matrix_of(int64_t tile) const {
+    int i = 0;
+    while (tile >= end_tile(i)) ++i;
+    return i;
+  }
+};
+
+PYMEND_INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Appends a matrix cut into tiles of tile_rows x tile_cols. The caller keeps count below MAX_MATRICES.
+template <typename T>
+void append(RankUpdateList<T>& list, RankUpdate<T> matrix, int64_t tile_rows, int64_t tile_cols) {
+  matrix.first_tile = list.tiles;
+  list.tiles += ceil_div(matrix.rows, tile_rows) * ceil_div(matrix.cols, tile_cols);
+  list.item[list.count++] = matrix;
+}
+
+}  // namespace pymend

@@ -1,0 +1,149 @@
+"""Requests and settings: frozen dataclasses that read and write plain JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+FORMAT_VERSION = 1  # of every JSON file this package writes
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A prompt whose answer is looked at but not edited: locality or portability.
+
+    Without an ``answer`` every token of the prompt is compared.
+    """
+
+    prompt: str
+    answer: str | None = None
+
+
+@dataclass(frozen=True)
+class EditRequest:
+    """One fact to change, with what is needed to train on it and to judge it.
+
+    Only ``prompt`` and ``target`` are needed to edit. ``target`` carries no leading space; it is
+    joined to the prompt by one (see ``pymend.tokens``).
+    """
+
+    prompt: str
+    target: str
+    ground_truth: str | None = None
+    subject: str | None = None
+    rephrases: tuple[str, ...] = ()
+    locality: tuple[Probe, ...] = ()
+    portability: tuple[Probe, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSONL record of this request; empty optional fields are left out."""
+        full = dataclasses.asdict(self)
+        kept = {k: v for k, v in full.items() if v not in (None, (), [])}
+        for name in ("locality", "portability"):
+            if name in kept:
+                kept[name] = [{k: v for k, v in p.items() if v is not None} for p in kept[name]]
+        return kept
+
+
+@dataclass(frozen=True)
+class MendConfig:
+    """What an editor is: its network, the weights it edits, its numeric conventions.
+
+    The defaults are the paper's (section 4 and appendix C); ``mend.py`` says what each does.
+    """
+
+    rank: int = 1920  # width of each low-rank layer, cut to the layer's input width
+    edit: tuple[str, ...] = ()  # weight names or fnmatch patterns; empty: MLP matrices, last blocks
+    blocks: int = 3  # how many of the last blocks, when `edit` is empty
+    alpha: float = 1e-4  # initial step size of every weight
+    shared: bool = True  # one network per weight shape
+    norm: bool = True
+    init: Literal["id", "xavier"] = "id"
+    init_v: Literal["normal", "xavier"] = "normal"
+    combine: bool = True  # one network on (u, delta) together
+    one_sided: bool = False
+    x_only: bool = False
+    delta_only: bool = False
+    n_edits: int = 1  # simultaneous edits the editor is trained for
+    official: bool = False  # numeric conventions of the paper's code; see docs/design.md
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"rank is {self.rank}; it must be at least 1")
+        if self.blocks < 1:
+            raise ValueError(f"blocks is {self.blocks}; it must be at least 1")
+        if self.n_edits < 1:
+            raise ValueError(f"n_edits is {self.n_edits}; it must be at least 1")
+        partial = [n for n in ("one_sided", "x_only", "delta_only") if getattr(self, n)]
+        if self.combine and partial:
+            raise ValueError(f"{partial[0]} needs combine=False: one network for each side")
+        if len(partial) > 1:
+            raise ValueError(f"{' and '.join(partial)} exclude each other; choose one")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The outer loop. A *step* is one optimiser step over ``batch_size`` independent episodes."""
+
+    steps: int = 1000
+    batch_size: int = 10
+    accumulate: int = 1  # passes that one step is split into, to save memory
+    outer: Literal["both", "rephrase", "prompt"] = "both"
+    lr: float = 1e-4
+    alpha_lr: float = 1e-4
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup: int = 0  # steps of linear warm-up
+    c_edit: float = 0.1
+    c_loc: float = 1.0
+    clip: float = 100.0
+    seed: int = 0
+    eval_every: int = 100  # steps
+    eval_records: int = 200
+    patience: int = 0  # evaluations without a better loss before stopping; 0: never
+    save_every: int = 100  # steps
+    prefix_cache: Literal["none", "memory"] = "none"
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate", "eval_every", "eval_records", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"batch_size {self.batch_size} does not split into {self.accumulate} equal passes; "
+                "choose accumulate among its divisors"
+            )
+        for name in ("lr", "alpha_lr", "c_edit", "c_loc", "clip", "warmup", "patience"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """A dataclass as a JSON object."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_json(cls: type[T], values: dict[str, Any], where: str) -> T:
+    """Build ``cls`` from a JSON object. ``where`` names the source in errors.
+
+    Raises:
+        ValueError: a key that ``cls`` does not have, or a value of the wrong type.
+    """
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise ValueError(f"{where}: unknown setting {unknown[0]!r}; known are {', '.join(fields)}")
+    given = {}
+    for name, value in values.items():
+        default = fields[name].default
+        if isinstance(value, list):
+            value = tuple(value)
+        if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if default is not dataclasses.MISSING and type(value) is not type(default):
+            raise ValueError(f"{where}: {name} must be a {type(default).__name__}, got {value!r}")
+        given[name] = value
+    return cls(**given)

@@ -1,0 +1,308 @@
+"""An edit: low-rank factors per weight, applied beside a model or merged into it, and undone."""
+
+from __future__ import annotations
+
+import hashlib
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pymend.capture import first_input
+from pymend.files import digest, read_json, read_tensors, writable_dir, write_json, write_tensors
+from pymend.models import EditedWeight, weight_of
+from pymend.ops.rank_update import rank_update
+from pymend.ops.side_path import side_path
+
+SAMPLES = 1024  # elements of each weight in a fingerprint
+LOSSY = 0.98  # a merge that keeps less of the wanted change than this is reported as lossy
+
+# Merged edits of every model, oldest first: undo runs backwards through this list.
+_merged: weakref.WeakKeyDictionary[nn.Module, list[Edit]] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """W - alpha * sum_i d_i u_i^T of one weight.
+
+    ``u`` [n, a] and ``delta`` [n, b], or [episodes, n, .] for independent edits whose padded rows
+    are zero; ``alpha`` a scalar tensor.
+    """
+
+    u: Tensor
+    delta: Tensor
+    alpha: Tensor
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an edit did to its own request: probabilities are token means (geometric)."""
+
+    prompt: str
+    target: str
+    probability_before: float
+    probability_after: float
+    answer_before: str
+    answer_after: str
+    success: bool
+
+
+class Edit:
+    """Low-rank factors for the weights of one model.
+
+    Computing an edit changes no model. ``applied`` acts beside the weights; ``merge_`` writes them
+    and keeps what it overwrote. ``episodes`` is None for one joint edit, else the number of
+    independent edits held side by side; ``edit[i]`` is one of them.
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[EditedWeight],
+        factors: Mapping[str, LowRank],
+        fingerprint: str = "",
+        outcomes: Sequence[Outcome] = (),
+    ) -> None:
+        self.weights = tuple(weights)
+        self.factors = dict(factors)
+        self.fingerprint = fingerprint
+        self.outcomes = tuple(outcomes)
+        u = next(iter(self.factors.values())).u
+        self.episodes: int | None = len(u) if u.dim() == 3 else None
+        self._backup: dict[str, Tensor] = {}
+        self._model: weakref.ref[nn.Module] | None = None
+
+    @property
+    def rank(self) -> int:
+        """The largest number of rows of any weight."""
+        return max(f.u.shape[-2] for f in self.factors.values())
+
+    def __len__(self) -> int:
+        return 1 if self.episodes is None else self.episodes
+
+    def __getitem__(self, index: int) -> Edit:
+        """One of several independent edits, without its padded rows."""
+        if self.episodes is None or not -self.episodes <= index < self.episodes:
+            raise IndexError(f"index {index} in an edit that holds {len(self)}")
+        factors = {}
+        for name, f in self.factors.items():
+            u, delta = f.u[index], f.delta[index]
+            kept = (u != 0).any(-1) | (delta != 0).any(-1)
+            factors[name] = LowRank(u[kept], delta[kept], f.alpha)
+        return Edit(self.weights, factors, self.fingerprint, self.outcomes[index:][:1])
+
+    def __add__(self, other: Edit) -> Edit:
+        """Both edits at once: their rows one after the other.
+
+        Raises:
+            ValueError: they were made for different models or weights, or hold independent edits.
+        """
+        if not isinstance(other, Edit):
+            return NotImplemented
+        if self.weights != other.weights or self.fingerprint != other.fingerprint:
+            raise ValueError("these edits were made for different models or weights")
+        if self.episodes is not None or other.episodes is not None:
+            raise ValueError("pick single edits out of edit_many with [i] before adding them")
+        factors = {}
+        for name, f in self.factors.items():
+            g = other.factors[name]
+            delta = torch.cat([f.alpha * f.delta, g.alpha * g.delta])
+            factors[name] = LowRank(torch.cat([f.u, g.u]), delta, torch.ones_like(f.alpha))
+        return Edit(self.weights, factors, self.fingerprint, self.outcomes + other.outcomes)
+
+    # -- beside the weights ------------------------------------------------------------------
+
+    @contextmanager
+    def applied(self, model: nn.Module) -> Iterator[nn.Module]:
+        """``model`` acts edited inside the block; its weights are never written.
+
+        With independent edits the batch is as many equal groups of rows, one after the other, and
+        each group sees its own edit.
+
+        Raises:
+            ValueError: another model, non-finite factors, or a batch that does not split.
+        """
+        self.check(model)
+        handles = []
+        try:
+            for w in self.weights:
+                module = model.get_submodule(w.module)
+                handles.append(module.register_forward_hook(self._hook(w.name), with_kwargs=True))
+            yield model
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, name: str) -> Any:
+        factors = self.factors[name]
+
+        def hook(_module: nn.Module, args: Any, kwargs: Any, y: Tensor) -> Tensor:
+            x = first_input(args, kwargs)
+            u, delta = factors.u, factors.delta
+            if x.device != u.device:
+                u, delta = u.to(x.device), delta.to(x.device)
+            if self.episodes is not None and len(x) % self.episodes:
+                raise ValueError(
+                    f"a batch of {len(x)} rows does not split into {self.episodes} edits"
+                )
+            rows = x.reshape(*u.shape[:-2], -1, x.shape[-1]).to(u.dtype)
+            change = side_path(rows, u, delta, factors.alpha.to(u.device))
+            return y - change.view(y.shape).to(y.dtype)
+
+        return hook
+
+    # -- into the weights --------------------------------------------------------------------
+
+    def merge_(self, model: nn.Module) -> float:
+        """Write the edit into ``model``'s weights, in place and in their dtype.
+
+        Returns:
+            The smallest share over the weights of the wanted change that survived the rounding:
+            1 is all of it. Below 0.98, in bfloat16, the edit may not work; use ``applied``.
+
+        Raises:
+            ValueError: another model, or non-finite factors; nothing was written.
+            RuntimeError: this edit is merged already, or holds independent edits.
+        """
+        if self.episodes is not None:
+            raise RuntimeError("pick a single edit out of edit_many with [i] before merging it")
+        if self._backup:
+            raise RuntimeError("this edit is merged already; unmerge_ it first")
+        self.check(model)
+        parameters = {w.name: weight_of(model, w) for w in self.weights}
+        factors = [self.factors[w.name] for w in self.weights]
+        with torch.no_grad():
+            device = next(iter(parameters.values())).device
+            backup = {name: p.detach().clone() for name, p in parameters.items()}
+            try:
+                fidelity = rank_update(
+                    [p.detach() for p in parameters.values()],
+                    [f.u.to(device) for f in factors],
+                    [f.delta.to(device) for f in factors],
+                    torch.stack([f.alpha for f in factors]).to(device),
+                    [w.transposed for w in self.weights],
+                )
+            except BaseException:
+                for name, p in parameters.items():
+                    p.copy_(backup[name])
+                raise
+        self._backup = backup
+        self._model = weakref.ref(model)
+        _merged.setdefault(model, []).append(self)
+        return float(fidelity.min()) if len(fidelity) else 1.0
+
+    def unmerge_(self, model: nn.Module) -> None:
+        """Put back, bit for bit, the values that ``merge_`` overwrote.
+
+        Raises:
+            RuntimeError: this edit is not the last one merged into ``model``; nothing was written.
+        """
+        stack = _merged.get(model, [])
+        if self not in stack:
+            raise RuntimeError("this edit is not merged into this model")
+        if stack[-1] is not self:
+            after = len(stack) - 1 - stack.index(self)
+            raise RuntimeError(
+                f"{after} later edit(s) are merged on top of this one; unmerge the last one first"
+            )
+        with torch.no_grad():
+            for w in self.weights:
+                weight_of(model, w).copy_(self._backup[w.name])
+        stack.pop()
+        self._backup = {}
+
+    # -- files -------------------------------------------------------------------------------
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``edit.safetensors`` and ``edit.json`` into ``folder``, atomically."""
+        if self.episodes is not None:
+            raise RuntimeError("pick a single edit out of edit_many with [i] before saving it")
+        path = writable_dir(folder)
+        description = {
+            "weights": [asdict(w) for w in self.weights],
+            "alpha": [float(self.factors[w.name].alpha) for w in self.weights],
+            "fingerprint": self.fingerprint,
+            "outcomes": [asdict(o) for o in self.outcomes],
+        }
+        tensors = {}
+        for name, f in self.factors.items():
+            tensors[f"{name}.u"], tensors[f"{name}.delta"] = f.u, f.delta
+        write_tensors(path / "edit.safetensors", tensors, digest(description))
+        write_json(path / "edit.json", description)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Edit:
+        """Read what :meth:`save_pretrained` wrote.
+
+        Raises:
+            FileNotFoundError: no such edit.
+            ValueError: a truncated file, or one with missing or foreign keys.
+        """
+        path = Path(folder)
+        description = read_json(path / "edit.json")
+        tensors = read_tensors(path / "edit.safetensors", digest(description))
+        try:
+            weights = [EditedWeight(**w) for w in description["weights"]]
+            outcomes = [Outcome(**o) for o in description["outcomes"]]
+            alphas, fingerprint = description["alpha"], description["fingerprint"]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path / 'edit.json'} is no edit: {error}") from error
+        wanted = {f"{w.name}.{part}" for w in weights for part in ("u", "delta")}
+        if wanted != tensors.keys():
+            odd = sorted(wanted ^ tensors.keys())[0]
+            raise ValueError(f"{path / 'edit.safetensors'}: {odd} is missing or foreign")
+        factors = {
+            w.name: LowRank(
+                tensors[f"{w.name}.u"], tensors[f"{w.name}.delta"], torch.tensor(alpha)
+            )
+            for w, alpha in zip(weights, alphas)
+        }
+        return cls(weights, factors, fingerprint, outcomes)
+
+    # -- checks ------------------------------------------------------------------------------
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse a model this edit was not made for, and factors that would break one.
+
+        Raises:
+            ValueError: names the weight and what is wrong with it.
+        """
+        for w in self.weights:
+            weight_of(model, w)
+        if self._model is not None and self._model() is model:
+            return
+        for name, f in self.factors.items():
+            # The sum is finite only if every element is; one reduction, no mask.
+            total = f.u.detach().double().abs().sum() * f.delta.detach().double().abs().sum()
+            if not torch.isfinite(total * f.alpha.detach()):
+                raise ValueError(f"the factors of {name} are not finite; compute the edit again")
+        if self.fingerprint and self.fingerprint != fingerprint(model, self.weights):
+            raise ValueError(
+                "this edit was made for another model: the edited weights differ; "
+                "load the model it was computed on"
+            )
+        self._model = weakref.ref(model)
+
+
+def fingerprint(model: nn.Module, weights: Sequence[EditedWeight]) -> str:
+    """A name for the unedited values of ``weights``: stable over dtype, device and merged edits.
+
+    SHA-256 over name, shape and 1,024 evenly spaced elements of each, rounded to bfloat16.
+    """
+    state = hashlib.sha256()
+    for w in weights:
+        value = weight_of(model, w).detach()
+        for edit in reversed(_merged.get(model, [])):
+            value = edit._backup.get(w.name, value)
+        index = torch.linspace(0, value.numel() - 1, SAMPLES, dtype=torch.float64).long()
+        index = index.to(value.device)
+        # Rows and columns, not a flat view: a strided weight would be copied whole.
+        columns = value.shape[1]
+        sample = value[index // columns, index % columns].to(torch.bfloat16)
+        sample = sample.view(torch.int16).cpu()
+        state.update(f"{w.name} {tuple(value.shape)}".encode() + sample.numpy().tobytes())
+    return state.hexdigest()

@@ -1,0 +1,72 @@
+"""Running mean and variance of the rows an editor network has been trained on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+EPS = 1e-7  # added to the standard deviation, not under the root
+CONSTANT = 1e-6  # relative spread below which a dimension counts as constant
+
+
+class RunningMoments(nn.Module):
+    """Mean and M2 per dimension by Chan's merge, equal to Welford's row-by-row rule up to rounding.
+
+    Buffers: ``mean`` and ``m2`` [d] float64 (``official``: float32), ``count`` int64; all saved.
+    ``official`` divides a constant dimension by EPS as the paper's code does; otherwise it gives 0.
+    """
+
+    mean: Tensor
+    m2: Tensor
+    count: Tensor
+
+    def __init__(self, d: int, official: bool = False) -> None:
+        super().__init__()
+        dtype = torch.float32 if official else torch.float64
+        self.official = official
+        self.register_buffer("mean", torch.zeros(d, dtype=dtype))
+        self.register_buffer("m2", torch.zeros(d, dtype=dtype))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+
+    def _inverse(self) -> Tensor:
+        """1 / (sigma + EPS) per dimension; 0 for a constant one."""
+        k = self.count.to(self.m2.dtype)
+        sigma = (self.m2 / (k - 1).clamp(min=1)).sqrt()
+        inverse = 1 / (sigma + EPS)
+        if self.official:
+            return inverse
+        return torch.where(self.m2 <= k * (CONSTANT * self.mean).square(), 0.0, inverse)
+
+    def normalise(self, x: Tensor) -> Tensor:
+        """(x - mean) / (sigma + EPS) for rows x [n, d], in x's dtype (mend.md section 3)."""
+        if not self.count:
+            raise RuntimeError("the editor has seen no training example; train it before editing")
+        return ((x.to(self.mean.dtype) - self.mean) * self._inverse()).to(x.dtype)
+
+    @torch.no_grad()
+    def merge_and_normalise(self, x: Tensor, counts: list[int]) -> Tensor:
+        """Merge segments of ``counts`` rows one after the other, as in training.
+
+        Each segment is normalised with the moments that already include it: the order of work of
+        the paper's loop over examples and weights.
+        """
+        rows = x.to(self.mean.dtype)
+        n = torch.tensor(counts, device=x.device)
+        segment = torch.repeat_interleave(torch.arange(len(counts), device=x.device), n)
+        zeros = rows.new_zeros(len(counts), rows.shape[1])
+        means = zeros.index_add(0, segment, rows) / n.clamp(min=1)[:, None]
+        m2s = zeros.index_add(0, segment, (rows - means[segment]).square())
+        mean, inverse = torch.empty_like(means), torch.empty_like(means)
+        for i, count in enumerate(counts):
+            if count:
+                self._merge(count, means[i], m2s[i])
+            mean[i], inverse[i] = self.mean, self._inverse()
+        return ((rows - mean[segment]) * inverse[segment]).to(x.dtype)
+
+    def _merge(self, n: int, mean: Tensor, m2: Tensor) -> None:
+        """Chan, Golub, LeVeque: moments of the union of two sets from the moments of each."""
+        difference = mean - self.mean
+        total = self.count + n
+        self.m2 += m2 + difference.square() * (self.count * n / total)
+        self.mean += difference * (n / total)
+        self.count += n

@@ -1,0 +1,95 @@
+"""The editor's network g: normalised (u, delta) rows to (u~, d~) rows (paper, section 3.2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pymend.config import MendConfig
+from pymend.editor.moments import RunningMoments
+
+
+class LowRankLayer(nn.Module):
+    """y = x + max(s_l * (U V x + b) + o_l, 0), with s and o of the row's weight l (Eq. 3).
+
+    The derivative of max(p, 0) at 0 is 1: at the identity start p is 0 everywhere, and a ReLU would
+    never train. Parameters: u [d, r], v [r, d], bias [d], scale and shift [modes, d].
+    """
+
+    def __init__(self, d: int, modes: int, config: MendConfig) -> None:
+        super().__init__()
+        rank = min(config.rank, d)
+        self.residual = config.init == "id"
+        self.u = nn.Parameter(torch.zeros(d, rank))
+        self.v = nn.Parameter(torch.empty(rank, d))
+        self.bias = nn.Parameter(torch.zeros(d))
+        self.scale = nn.Parameter(torch.ones(modes, d))
+        self.shift = nn.Parameter(torch.zeros(modes, d))
+        if config.init == "xavier":
+            nn.init.xavier_uniform_(self.u, gain=2**0.5)
+        if config.init == "xavier" or config.init_v == "xavier":
+            nn.init.xavier_uniform_(self.v)
+        else:
+            nn.init.normal_(self.v)
+
+    def forward(self, x: Tensor, mode: Tensor) -> Tensor:
+        """x [n, d], mode [n] int64 -> [n, d]."""
+        p = torch.addmm(self.bias, x @ self.v.t(), self.u.t())
+        # clamp, not relu: its derivative at the bound is 1.
+        p = (self.scale[mode] * p + self.shift[mode]).clamp(min=0)
+        return x + p if self.residual else p
+
+
+class EditorNet(nn.Module):
+    """Moments and layers for all edited weights of one shape (a, b).
+
+    One network on the joined row, or, with ``combine=False``, one for each side; a side that the
+    ``one_sided``, ``x_only`` and ``delta_only`` variants (Table 6) leave out passes through
+    normalised.
+    """
+
+    def __init__(self, a: int, b: int, modes: int, config: MendConfig) -> None:
+        super().__init__()
+        self.a, self.b, self.norm = a, b, config.norm
+        self.moments = RunningMoments(a + b, config.official)
+
+        def layers(d: int) -> nn.ModuleList:
+            return nn.ModuleList(LowRankLayer(d, modes, config) for _ in range(2))
+
+        only_u = config.x_only or (config.one_sided and a <= b)
+        only_delta = config.delta_only or (config.one_sided and a > b)
+        self.joint = layers(a + b) if config.combine else None
+        self.u_side = layers(a) if not config.combine and not only_delta else None
+        self.delta_side = layers(b) if not config.combine and not only_u else None
+
+    def forward(
+        self, u: Tensor, delta: Tensor, mode: Tensor, merge: list[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Transform the rows of all weights of this shape in one pass.
+
+        Args:
+            u, delta: [n, a] and [n, b].
+            mode: [n], the weight each row belongs to.
+            merge: in training, row counts of the segments to merge into the moments in order.
+
+        Returns:
+            u~ [n, a] and d~ [n, b].
+        """
+        z = torch.cat([u, delta], 1).to(next(self.parameters()).dtype)
+        if self.norm:
+            normalise = self.moments.normalise
+            z = normalise(z) if merge is None else self.moments.merge_and_normalise(z, merge)
+        if self.joint is not None:
+            z = _through(self.joint, z, mode)
+        u, delta = z.split([self.a, self.b], 1)
+        if self.u_side is not None:
+            u = _through(self.u_side, u, mode)
+        if self.delta_side is not None:
+            delta = _through(self.delta_side, delta, mode)
+        return u, delta
+
+
+def _through(layers: nn.ModuleList, z: Tensor, mode: Tensor) -> Tensor:
+    for layer in layers:
+        z = layer(z, mode)
+    return z

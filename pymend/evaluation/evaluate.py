@@ -1,0 +1,221 @@
+"""Scores single edits of held-out facts: many independent edits in one pass, model untouched."""
+
+from __future__ import annotations
+
+import math
+import random
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from pymend.config import EditRequest
+from pymend.edit import Edit
+from pymend.evaluation.metrics import Metrics, RecordScores, mean
+from pymend.losses import nll_rows
+from pymend.mend import Mend
+from pymend.models import frozen
+from pymend.replay import Replay
+from pymend.tokens import IGNORE, Batch, EncodedRequest, Encoder, Row
+
+PPL_TOKENS = 256  # of the perplexity text, looked at under every edit
+
+
+@torch.no_grad()
+def evaluate(
+    mend: Mend,
+    model: nn.Module,
+    tokenizer: Any,
+    data: Sequence[EditRequest],
+    batch_size: int = 16,
+    ppl_text: str | None = None,
+    chat: bool = False,
+    progress: bool = True,
+) -> Metrics:
+    """Edit ``model`` with each record alone and measure what changed.
+
+    Args:
+        data: records; rephrases, locality prompts and true answers are used where present.
+        batch_size: independent edits computed and looked at together.
+        ppl_text: text whose perplexity is compared; without it, the locality texts.
+        chat: put prompts through the tokenizer's chat template.
+
+    Raises:
+        ValueError: no data, a record that cannot be tokenised, or a model that does not fit.
+    """
+    if not data:
+        raise ValueError("no records to evaluate; give at least one")
+    encoder = Encoder.for_model(model, tokenizer, chat)
+    mend.fit(model)
+    encoded = encoder.requests(data)
+    text = None
+    if ppl_text is not None:
+        ids = encoder.row(ppl_text[: 20 * PPL_TOKENS]).ids[:PPL_TOKENS]
+        text = Row(ids[: encoder.limit or PPL_TOKENS])
+    scores: list[RecordScores] = []
+    nll, tokens, edit_seconds = torch.zeros(2, dtype=torch.float64), 0, 0.0
+    begin = time.perf_counter()
+    bar = tqdm(total=len(encoded), desc="evaluate", disable=not progress)
+    with frozen(model), bar:
+        for i in range(0, len(encoded), batch_size):
+            chunk = encoded[i : i + batch_size]
+            look = _Look(mend, model, chunk, text)
+            edit_seconds += look.edit_seconds
+            scores += look.scores(first=i)
+            nll += look.nll
+            tokens += look.tokens
+            bar.update(len(chunk))
+    before, after = (nll / tokens).exp().tolist() if tokens else (None, None)
+    named = "the locality texts" if text is None else f"the first {len(text.ids)} tokens of a text"
+    seconds = time.perf_counter() - begin
+    return Metrics(scores, before, after, named, seconds, edit_seconds, peak_memory_bytes())
+
+
+def peak_memory_bytes() -> int:
+    """Peak memory of this process: of the GPU where one was used, else resident."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class _Look:
+    """A chunk of records, each edited alone, looked at before and after."""
+
+    def __init__(
+        self, mend: Mend, model: nn.Module, chunk: Sequence[EncodedRequest], text: Row | None
+    ) -> None:
+        self.chunk = chunk
+        self.replay = Replay(model, mend.weights)
+        kinds = {
+            "edit": [(r.edit,) for r in chunk],
+            "old": [(r.old,) if r.old else () for r in chunk],
+            "rephrases": [r.rephrases for r in chunk],
+            "old_rephrases": [r.old_rephrases for r in chunk],
+            "portability": [r.portability for r in chunk],
+            # Whole rows: the answer's positions, and all others for the perplexity.
+            "locality": [tuple(Row(x.ids, 0, x.answer) for x in r.locality) for r in chunk],
+            "text": [(text,) if text else () for _ in chunk],
+        }
+        padded = {name: _pad(rows) for name, rows in kinds.items() if any(rows)}
+        edits = [r.edit for r in chunk]
+
+        begin = time.perf_counter()
+        self.replay.load(edits)
+        edit = mend.independent(self.replay, edits)
+        self.edit_seconds = time.perf_counter() - begin
+
+        self.replay.load([row for rows in padded.values() for group in rows for row in group])
+        looks = {name: self._look(edit, rows) for name, rows in padded.items()}
+        nothing = [[] for _ in chunk]
+        self.results: dict[str, list[list[_RowLook]]] = {
+            name: [group[: len(kinds[name][i])] for i, group in enumerate(looks.get(name, nothing))]
+            for name in kinds
+        }
+        counted = [x for g in self.results["text" if text else "locality"] for x in g]
+        self.nll = torch.tensor([[x.nll_before, x.nll_after] for x in counted]).reshape(-1, 2).sum(0)
+        self.tokens = sum(x.tokens for x in counted)
+
+    def _look(self, edit: Edit, groups: Sequence[Sequence[Row]]) -> list[list[_RowLook]]:
+        """Run equal groups of rows unedited and each under its own edit."""
+        rows = [row for group in groups for row in group]
+        batch = Batch.of(rows, self.replay.device)
+        passes = []
+        for context in (nullcontext(), edit.applied(self.replay.model)):
+            with context:
+                passes.append(self.replay.logits(batch))
+        looks = _row_looks(batch, *passes)
+        size = len(groups[0])
+        return [looks[i : i + size] for i in range(0, len(looks), size)]
+
+    def scores(self, first: int) -> list[RecordScores]:
+        """Scores of every record; ``first`` is the index of the chunk's first one."""
+        return [self._record(i, first + i) for i in range(len(self.chunk))]
+
+    def _record(self, i: int, index: int) -> RecordScores:
+        at = {name: groups[i] for name, groups in self.results.items()}
+        (edit,) = at["edit"]
+        exact = [x.exact for x in at["rephrases"]]
+        # Locality answers count from their first token on, prompts without one as a whole.
+        pairs = list(zip(self.chunk[i].locality, at["locality"]))
+        same = [x.agreement(row) for row, x in pairs]
+        answered = [(row, x) for row, x in pairs if row.answer]
+        drawdown = [x.exact_from(row, "before") - x.exact_from(row, "after") for row, x in answered]
+        prefers = [float(edit.mean_nll < x.mean_nll) for x in at["old"]]
+        rephrased = [
+            float(new.mean_nll < old.mean_nll)
+            for new, old in zip(at["rephrases"], at["old_rephrases"])
+        ]
+        return RecordScores(
+            edit_success=edit.exact,
+            edit_success_before=edit.exact_before,
+            es_paper=sum([edit.exact, *exact]) / (1 + len(exact)),
+            es_outer=random.Random(index).choice(exact) if exact else None,
+            generality=mean(exact),
+            locality=mean(same),
+            portability=mean([x.exact for x in at["portability"]]),
+            accuracy_drawdown=mean(drawdown),
+            token_edit_success=edit.accuracy,
+            token_generality=mean([x.accuracy for x in at["rephrases"]]),
+            prefers_new=mean(prefers),
+            prefers_new_rephrased=mean(rephrased),
+        )
+
+
+class _RowLook:
+    """What the model says at the label positions of one row, before and after the edit."""
+
+    def __init__(
+        self, target: Tensor, best: tuple[Tensor, Tensor], nll: tuple[float, float]
+    ) -> None:
+        seen = target != IGNORE
+        self.target, (self.best_before, self.best_after) = target, best
+        self.tokens = int(seen.sum())
+        self.nll_before, self.nll_after = nll
+        self.mean_nll = self.nll_after / max(1, self.tokens)
+        hits = (self.best_after == target)[seen].double()
+        self.exact = float(hits.all())
+        self.accuracy = float(hits.mean()) if self.tokens else math.nan
+        self.exact_before = float((self.best_before == target)[seen].all())
+
+    def agreement(self, row: Row) -> float:
+        """Share of the positions of ``row`` with the same argmax as the unedited model."""
+        same = (self.best_before == self.best_after)[row.first :]
+        return float(same.double().mean())
+
+    def exact_from(self, row: Row, when: str) -> float:
+        """Exact match on the answer of ``row``, "before" or "after" the edit."""
+        best = self.best_before if when == "before" else self.best_after
+        return float((best == self.target)[row.first :].all())
+
+
+def _row_looks(batch: Batch, before: Tensor, after: Tensor) -> list[_RowLook]:
+    n = len(batch.rows)
+    target, row = batch.target.cpu(), batch.row.cpu()
+    best = before.argmax(-1).cpu(), after.argmax(-1).cpu()
+    count = (batch.target != IGNORE).new_zeros(n, dtype=torch.float64)
+    count.index_add_(0, batch.row, (batch.target != IGNORE).double())
+    sums = []
+    for logits in (before, after):
+        means = nll_rows(logits, batch.target, batch.row, n).double()
+        sums.append(torch.where(count > 0, means * count, 0.0).tolist())
+    looks = []
+    for i in range(n):
+        own = row == i
+        pair = best[0][own], best[1][own]
+        looks.append(_RowLook(target[own], pair, (sums[0][i], sums[1][i])))
+    return looks
+
+
+def _pad(groups: Sequence[Sequence[Row]]) -> list[list[Row]]:
+    """Equal groups: shorter ones get rows without label positions."""
+    size = max(len(g) for g in groups)
+    some = next(row for g in groups for row in g)
+    filler = Row(some.ids[:1], 0)
+    return [[*g, *[filler] * (size - len(g))] for g in groups]

@@ -1,0 +1,116 @@
+"""Files that are never half written: atomic replace, JSON, safetensors, the cache folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from pymend.config import FORMAT_VERSION
+
+
+def cache_dir() -> Path:
+    """Where converted models are kept: ``$PYMEND_CACHE`` or ``~/.cache/pymend``."""
+    return Path(os.environ.get("PYMEND_CACHE") or Path.home() / ".cache" / "pymend")
+
+
+def writable_dir(path: str | Path) -> Path:
+    """Make ``path`` a folder that can be written to.
+
+    Raises:
+        PermissionError: it cannot be created or written; nothing else was changed.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise PermissionError(
+            f"cannot write to {folder}: {error.strerror or error}; choose another output folder"
+        ) from error
+    return folder
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside ``path`` and move it there only if the block succeeds."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write ``values`` atomically, with the format version."""
+    text = json.dumps({"format_version": FORMAT_VERSION, **values}, indent=2)
+    with replacing(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read what ``write_json`` wrote.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not JSON, not an object, or written by a newer format.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); it may be truncated") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds {type(values).__name__}, not a JSON object")
+    version = values.pop("format_version", None)
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format_version {version}; this pymend reads {FORMAT_VERSION}"
+        )
+    return values
+
+
+def digest(values: Mapping[str, Any]) -> str:
+    """A short name of a JSON object, to tie a tensor file to the JSON beside it."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], tie: str = "") -> None:
+    """Write ``tensors`` atomically as safetensors; ``tie`` is checked on reading."""
+    plain = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    with replacing(path) as temporary:
+        save_file(plain, temporary, metadata={"tie": tie})
+
+
+def read_tensors(path: Path, tie: str | None = None) -> dict[str, torch.Tensor]:
+    """Read what ``write_tensors`` wrote.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: truncated, not safetensors, or not the file that belongs to the JSON beside it.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); it may be truncated") from error
+    if tie is not None and metadata.get("tie") != tie:
+        raise ValueError(f"{path} does not belong to the JSON file beside it; copy both together")
+    return tensors

@@ -1,0 +1,174 @@
+"""Finds, by structure and never by name, what can be edited in a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+
+@dataclass(frozen=True)
+class EditedWeight:
+    """A matrix that receives edits.
+
+    ``name`` is the parameter's, ``module`` its module's. The layer maps ``a`` features to ``b``.
+    ``transposed`` marks GPT-2's ``Conv1D`` layout, [a, b] in place of [b, a]. ``mode`` is the
+    position among the edited weights of the same shape: the network's row of scale and shift.
+    """
+
+    name: str
+    module: str
+    a: int
+    b: int
+    transposed: bool
+    mode: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(in, out), the key under which weights share an editor network."""
+        return self.a, self.b
+
+
+def _matrices(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module, int, int]]:
+    """Name, module, in and out features of every linear layer below ``module``."""
+    for name, child in module.named_modules(prefix=prefix):
+        if isinstance(child, nn.Linear):
+            yield name, child, child.in_features, child.out_features
+        elif isinstance(child, Conv1D):
+            yield name, child, child.nx, child.nf
+
+
+def _mlp_names(block: nn.Module, prefix: str) -> list[str]:
+    """The layers between the residual stream and the block's widest hidden layer.
+
+    Those are the MLP's: the only other pairs a -> f -> a are attention's values, which are
+    narrower, and fused query-key-value matrices have no way back.
+    """
+    layers = [(name, a, b) for name, _, a, b in _matrices(block, prefix)]
+    shapes = {(a, b) for _, a, b in layers}
+    wide = max((b for a, b in shapes if b > a and (b, a) in shapes), default=0)
+    pairs = {s for s in shapes if wide in s and s[::-1] in shapes and s[0] != s[1]}
+    return [name for name, a, b in layers if (a, b) in pairs]
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The transformer's list of blocks: the longest one whose members hold an MLP.
+
+    Raises:
+        ValueError: the model has none.
+    """
+    found: tuple[str, nn.ModuleList] | None = None
+    for name, module in model.named_modules():
+        longer = isinstance(module, nn.ModuleList) and len(module) > len(found[1] if found else ())
+        if longer and _mlp_names(module[-1], ""):
+            found = name, module
+    if found is None:
+        raise ValueError(
+            f"{type(model).__name__} has no list of blocks with MLP matrices; "
+            "name the weights to edit"
+        )
+    return found
+
+
+def find_weights(
+    model: nn.Module, patterns: Sequence[str] = (), blocks: int = 3
+) -> tuple[EditedWeight, ...]:
+    """The matrices to edit, in ``named_parameters()`` order.
+
+    Args:
+        patterns: parameter names or fnmatch patterns; empty for the MLP matrices of the last
+            ``blocks`` blocks (the paper's choice for decoders, appendix C).
+
+    Raises:
+        ValueError: a pattern without a match, or a parameter that is no linear layer's matrix.
+    """
+    layers = {f"{name}.weight": (name, m, a, b) for name, m, a, b in _matrices(model)}
+    names = [name for name, _ in model.named_parameters()]
+    if patterns:
+        for pattern in patterns:
+            matches = [n for n in names if fnmatchcase(n, pattern)]
+            if not matches:
+                raise ValueError(
+                    f"no parameter is called {pattern!r}; names look like {names[-1]!r}"
+                )
+            for name in matches:
+                if name not in layers:
+                    raise ValueError(f"{name} is not the matrix of a linear layer; leave it out")
+        chosen = {n for n in names if any(fnmatchcase(n, p) for p in patterns)}
+    else:
+        path, block_list = find_blocks(model)
+        last = range(max(0, len(block_list) - blocks), len(block_list))
+        chosen = {
+            f"{name}.weight" for i in last for name in _mlp_names(block_list[i], f"{path}.{i}")
+        }
+    weights: list[EditedWeight] = []
+    for name in (n for n in names if n in chosen):
+        module_name, module, a, b = layers[name]
+        mode = sum(w.shape == (a, b) for w in weights)
+        weights.append(EditedWeight(name, module_name, a, b, isinstance(module, Conv1D), mode))
+    return tuple(weights)
+
+
+def lowest_block(
+    model: nn.Module, weights: Sequence[EditedWeight]
+) -> tuple[nn.ModuleList | None, int]:
+    """The list of blocks and the index of the lowest edited one; (None, 0) if one lies outside."""
+    try:
+        path, blocks = find_blocks(model)
+    except ValueError:
+        return None, 0
+    indices = []
+    for weight in weights:
+        head, _, rest = weight.module.partition(f"{path}.")
+        if head or not rest:
+            return None, 0
+        indices.append(int(rest.split(".")[0]))
+    return blocks, min(indices)
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no parameter gradients inside; the former flags again afterwards."""
+    training = [m for m in model.modules() if m.training]
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for module in training:
+            module.training = False
+        for parameter in wanted:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+
+
+def weight_of(model: nn.Module, weight: EditedWeight) -> torch.Tensor:
+    """The parameter itself.
+
+    Raises:
+        ValueError: the model has no such layer, or one of another shape or layout.
+    """
+    try:
+        module = model.get_submodule(weight.module)
+    except AttributeError:
+        module = None
+    if not isinstance(module, (nn.Linear, Conv1D)):
+        raise ValueError(
+            f"{type(model).__name__} has no linear layer {weight.module}; "
+            "this editor or edit was made for another model"
+        )
+    parameter = module.weight
+    expected = (weight.a, weight.b) if weight.transposed else (weight.b, weight.a)
+    if tuple(parameter.shape) != expected or isinstance(module, Conv1D) != weight.transposed:
+        raise ValueError(
+            f"{weight.name} is {tuple(parameter.shape)} in this model, expected {expected}; "
+            "this editor or edit was made for another model"
+        )
+    return parameter

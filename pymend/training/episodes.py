@@ -1,0 +1,124 @@
+"""Which records an optimiser step trains on, and the losses of an edit on them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pymend.edit import Edit
+from pymend.losses import hits_rows, kl_rows, mean_per_row, nll_rows
+from pymend.mend import Mend
+from pymend.replay import Replay
+from pymend.tokens import Batch, EncodedRequest, Row
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One edit (``n_edits`` facts at once), what it must also change, and what it must not."""
+
+    edits: tuple[Row, ...]
+    rephrases: tuple[Row, ...]
+    locality: Row
+
+    def rows(self) -> tuple[Row, ...]:
+        """Everything the model will be run on."""
+        return (*self.edits, *self.rephrases, self.locality)
+
+
+class Sampler:
+    """Episodes by step. What step s draws depends on the seed and s alone, so it needs no state.
+
+    Raises:
+        ValueError: fewer records than one step needs.
+    """
+
+    def __init__(self, records: Sequence[EncodedRequest], edits: int, episodes: int, seed: int):
+        self.records, self.edits, self.seed = records, edits, seed
+        self.per_step = edits * episodes
+        if len(records) < self.per_step:
+            raise ValueError(
+                f"one step needs {self.per_step} records, the data set has {len(records)}; "
+                "give more data or a smaller batch_size"
+            )
+        # A record without locality prompts borrows another's, or another's own prompt.
+        shared = [row for r in records for row in r.locality]
+        self.pool = shared or [r.old or Row(r.edit.ids[: r.edit.first + 1], 0, False) for r in records]
+        self._epoch = -1
+        self._order: list[int] = []
+
+    def step(self, step: int) -> list[Episode]:
+        """The episodes of one optimiser step; an epoch sees every record at most once."""
+        steps_per_epoch = len(self.records) // self.per_step
+        epoch, position = divmod(step, steps_per_epoch)
+        if epoch != self._epoch:
+            self._order = list(range(len(self.records)))
+            random.Random(f"{self.seed} epoch {epoch}").shuffle(self._order)
+            self._epoch = epoch
+        chosen = self._order[position * self.per_step :][: self.per_step]
+        rng = random.Random(f"{self.seed} step {step}")
+        groups = [chosen[i : i + self.edits] for i in range(0, len(chosen), self.edits)]
+        return [self.episode([self.records[i] for i in group], rng) for group in groups]
+
+    def episode(self, records: Sequence[EncodedRequest], rng: random.Random) -> Episode:
+        """Draw a rephrase for every record and one locality prompt."""
+        rephrases = [rng.choice(r.rephrases) if r.rephrases else r.edit for r in records]
+        locality = rng.choice(records[0].locality or self.pool)
+        return Episode(tuple(r.edit for r in records), tuple(rephrases), locality)
+
+
+@dataclass(frozen=True)
+class EpisodeScores:
+    """Per episode [episodes]: losses that gradients flow through, and teacher-forced scores."""
+
+    nll: Tensor
+    kl: Tensor
+    edit_success: Tensor
+    generality: Tensor
+    locality: Tensor
+
+
+def run_episodes(
+    mend: Mend, replay: Replay, episodes: Sequence[Episode], outer: str, merge: bool
+) -> EpisodeScores:
+    """Edit once per episode, all in one pass, and look at the edited model (mend.md section 1).
+
+    Args:
+        outer: the edit loss is taken on the "rephrase", the "prompt", or the mean over "both".
+        merge: take the captured rows into the running moments (training).
+    """
+    n = len(episodes)
+    replay.load([row for e in episodes for row in e.rows()])
+    edits, rephrases, locality = (
+        Batch.of([row for e in episodes for row in part(e)], replay.device)
+        for part in (lambda e: e.edits, lambda e: e.rephrases, lambda e: (e.locality,))
+    )
+    with torch.no_grad():
+        base = replay.logits(locality)
+    captured = mend.capture(replay, edits.rows, n)
+    edit = Edit(mend.weights, mend.factors(captured, merge=merge))
+    edit.check(replay.model)
+    # One pass for each kind of row: their lengths differ, and padding would cost more.
+    with edit.applied(replay.model):
+        nll, hits = zip(*(_outer(replay, batch, n) for batch in (edits, rephrases)))
+        edited = replay.logits(locality)
+    used = {"prompt": nll[:1], "rephrase": nll[1:], "both": nll}[outer]
+    same = (base.argmax(-1) == edited.argmax(-1)).double()
+    return EpisodeScores(
+        nll=torch.stack(used).mean(0),
+        kl=kl_rows(base, edited, locality.row, n),
+        edit_success=hits[0],
+        generality=hits[1],
+        locality=mean_per_row(same, locality.row, n),
+    )
+
+
+def _outer(replay: Replay, batch: Batch, episodes: int) -> tuple[Tensor, Tensor]:
+    """NLL and share of exact matches [episodes] of the edited model on ``batch``."""
+    logits, rows = replay.logits(batch), len(batch.rows)
+    nll = nll_rows(logits, batch.target, batch.row, rows)
+    exact = (hits_rows(logits.detach(), batch.target, batch.row, rows) == 1).double()
+    return nll.view(episodes, -1).mean(1), exact.view(episodes, -1).mean(1)
