@@ -16,10 +16,10 @@ ROOT = Path(__file__).parent.resolve()
 class CMakeBuild(build_ext):
     """Runs CMake: everything for an editable install, the product alone for a wheel."""
 
-    def build_extension(self, ext: Extension) -> None:
+    def run(self) -> None:
         # Editable builds keep one folder, so that `make build` goes on where pip left off.
         work = ROOT / "build/cmake" if self.inplace else Path(self.build_temp).resolve()
-        output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        output = ROOT / "pymend" if self.inplace else Path(self.build_lib).resolve() / "pymend"
         options = [
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DPYMEND_OUTPUT={output}",

@@ -8,6 +8,7 @@
 #include <tuple>
 #include <vector>
 
+#include "emu/faults.h"
 #include "kernels/rank_update.cuh"
 
 namespace pymend {
@@ -65,6 +66,19 @@ void rank_update(const std::string& dtype, const std::vector<Matrix>& matrices, 
   throw std::invalid_argument("dtype is '" + dtype + "'");
 }
 
+// in, out: 64 floats
+void run_fault(const std::string& fault, uintptr_t in, uintptr_t out, const std::string& order) {
+  const auto schedule = parse_schedule(order, 0);
+  const auto* in_ptr = reinterpret_cast<const float*>(in);
+  auto* out_ptr = reinterpret_cast<float*>(out);
+  const size_t shared = 64 * sizeof(float);
+  if (fault == "none") return launch(faults::reverse_kernel<true>, 1, 64, shared, &schedule, in_ptr, out_ptr);
+  if (fault == "no barrier") return launch(faults::reverse_kernel<false>, 1, 64, shared, &schedule, in_ptr, out_ptr);
+  if (fault == "early return") return launch(faults::divergent_kernel, 1, 64, shared, &schedule);
+  if (fault == "half warp") return launch(faults::half_warp_kernel, 1, 64, shared, &schedule, out_ptr);
+  throw std::invalid_argument("fault is '" + fault + "'");
+}
+
 // The rounding of math/rounding.h on raw words, for an exhaustive test against torch.
 uint32_t round_bf16(float x) { return round_to<Bf16>(x).bits; }
 uint32_t round_fp16(float x) { return round_to<Fp16>(x).bits; }
@@ -79,6 +93,7 @@ PYBIND11_MODULE(_emu, m) {
   using namespace pymend;
   m.def("rank_update", &rank_update, py::arg("dtype"), py::arg("matrices"), py::arg("alpha"), py::arg("fidelity"),
         py::arg("block") = 64, py::arg("order") = "forward", py::arg("seed") = 0);
+  m.def("run_fault", &run_fault, py::arg("fault"), py::arg("input"), py::arg("output"), py::arg("order") = "forward");
   m.def("round_bf16", py::vectorize(&round_bf16));
   m.def("round_fp16", py::vectorize(&round_fp16));
   m.def("widen_bf16", py::vectorize(&widen_bf16));

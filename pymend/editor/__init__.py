@@ -33,7 +33,10 @@ class Editor(nn.Module):
             self.groups.setdefault(key, []).append(w)
         self.shared = config.shared
         self.nets = nn.ModuleDict(
-            {k: EditorNet(ws[0].a, ws[0].b, len(ws), config) for k, ws in self.groups.items()}
+            {
+                k: EditorNet(ws[0].a, ws[0].b, len(ws) if config.shared else 0, config)
+                for k, ws in self.groups.items()
+            }
         )
 
     def nets_parameters(self) -> list[nn.Parameter]:
@@ -61,7 +64,7 @@ class Editor(nn.Module):
             counts = [int(p[2][e]) for e in range(len(parts[0][2])) for p in parts]
             u = _interleave([p[0] for p in parts], counts)
             delta = _interleave([p[1] for p in parts], counts)
-            modes = [w.mode if self.shared else 0 for w in weights]
+            modes = [w.mode for w in weights]
             order = torch.tensor(modes * (len(counts) // len(modes)), device=u.device)
             mode = torch.repeat_interleave(order, torch.tensor(counts, device=u.device))
             u, delta = self.nets[key](u, delta, mode, counts if merge else None)

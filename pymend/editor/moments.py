@@ -66,7 +66,7 @@ class RunningMoments(nn.Module):
     def _merge(self, n: int, mean: Tensor, m2: Tensor) -> None:
         """Chan, Golub, LeVeque: moments of the union of two sets from the moments of each."""
         difference = mean - self.mean
-        total = self.count + n
-        self.m2 += m2 + difference.square() * (self.count * n / total)
-        self.mean += difference * (n / total)
+        k = self.count.to(self.mean.dtype)  # a quotient of integers would be float32
+        self.m2 += m2 + difference.square() * (k * n / (k + n))
+        self.mean += difference * (n / (k + n))
         self.count += n

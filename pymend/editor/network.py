@@ -13,7 +13,8 @@ class LowRankLayer(nn.Module):
     """y = x + max(s_l * (U V x + b) + o_l, 0), with s and o of the row's weight l (Eq. 3).
 
     The derivative of max(p, 0) at 0 is 1: at the identity start p is 0 everywhere, and a ReLU would
-    never train. Parameters: u [d, r], v [r, d], bias [d], scale and shift [modes, d].
+    never train. Parameters: u [d, r], v [r, d], bias [d], scale and shift [modes, d], which a
+    network of one weight (``modes=0``) does without.
     """
 
     def __init__(self, d: int, modes: int, config: MendConfig) -> None:
@@ -23,8 +24,8 @@ class LowRankLayer(nn.Module):
         self.u = nn.Parameter(torch.zeros(d, rank))
         self.v = nn.Parameter(torch.empty(rank, d))
         self.bias = nn.Parameter(torch.zeros(d))
-        self.scale = nn.Parameter(torch.ones(modes, d))
-        self.shift = nn.Parameter(torch.zeros(modes, d))
+        self.scale = nn.Parameter(torch.ones(modes, d)) if modes else None
+        self.shift = nn.Parameter(torch.zeros(modes, d)) if modes else None
         if config.init == "xavier":
             nn.init.xavier_uniform_(self.u, gain=2**0.5)
         if config.init == "xavier" or config.init_v == "xavier":
@@ -35,8 +36,9 @@ class LowRankLayer(nn.Module):
     def forward(self, x: Tensor, mode: Tensor) -> Tensor:
         """x [n, d], mode [n] int64 -> [n, d]."""
         p = torch.addmm(self.bias, x @ self.v.t(), self.u.t())
-        # clamp, not relu: its derivative at the bound is 1.
-        p = (self.scale[mode] * p + self.shift[mode]).clamp(min=0)
+        if self.scale is not None and self.shift is not None:
+            p = self.scale[mode] * p + self.shift[mode]
+        p = p.clamp(min=0)  # not relu: the derivative of clamp at the bound is 1
         return x + p if self.residual else p
 
 

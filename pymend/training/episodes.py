@@ -117,8 +117,8 @@ def run_episodes(
 
 
 def _outer(replay: Replay, batch: Batch, episodes: int) -> tuple[Tensor, Tensor]:
-    """NLL and share of exact matches [episodes] of the edited model on ``batch``."""
+    """NLL (token mean) and share of exact matches [episodes] of the edited model on ``batch``."""
     logits, rows = replay.logits(batch), len(batch.rows)
-    nll = nll_rows(logits, batch.target, batch.row, rows)
+    nll = nll_rows(logits, batch.target, batch.row // (rows // episodes), episodes)
     exact = (hits_rows(logits.detach(), batch.target, batch.row, rows) == 1).double()
-    return nll.view(episodes, -1).mean(1), exact.view(episodes, -1).mean(1)
+    return nll, exact.view(episodes, -1).mean(1)

@@ -1,0 +1,54 @@
+# make test: everything that a change must pass. make demo: the main job. Both set up what they need.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := test
+
+BIN := .venv/bin
+# Tools of the environment first, so that a step finds the same cmake and ninja as the installation.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+PYTEST := $(BIN)/python -m pytest
+ASAN := build/asan
+CXX ?= c++
+
+.PHONY: setup build style quality test test-slow emu asan demo wheel bench
+
+setup:  ## .venv with torch, dependencies and the package; TORCH=... and PYTHON=... override
+	@tools/setup.sh
+
+build: setup  ## compile what changed
+	@$(BIN)/cmake --build build/cmake | tail -n 1
+
+style: setup  ## formatting and lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+quality: style  ## style and types
+	$(BIN)/mypy
+
+test: build style  ## style, the suite without its slow part, a small part under sanitizers
+	PYMEND_REQUIRE_KERNELS=1 $(PYTEST) -m "not slow"
+	@$(MAKE) --no-print-directory asan
+
+test-slow: build
+	PYMEND_REQUIRE_KERNELS=1 $(PYTEST) -m slow
+
+emu: build  ## the CUDA kernels' own sources on fibers
+	$(PYTEST) tests/test_emulation.py tests/ops -k "emu or emulation"
+
+asan: setup  ## CPU ops and emulated kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+	@$(BIN)/cmake -S . -B $(ASAN) -G Ninja -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DPYMEND_CUDA=off \
+	  -DPYMEND_SANITIZE=address,undefined -DPYMEND_OUTPUT=$(CURDIR)/$(ASAN)/out \
+	  -DPYMEND_EMU_OUTPUT=$(CURDIR)/$(ASAN)/out | grep pymend
+	@$(BIN)/cmake --build $(ASAN) | tail -n 1
+	PYMEND_NATIVES=$(ASAN)/out ASAN_OPTIONS=detect_leaks=0 \
+	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	  $(PYTEST) tests/test_emulation.py tests/ops -q -k "test_forward and (cpu or emu) or emulation and (64 or caught)"
+
+demo: build  ## train an editor on the built-in facts and edit a model with it
+	$(BIN)/pymend demo
+
+wheel: setup  ## dist/*.whl, for every Python from 3.10 on
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation -w dist .
+
+bench: build
+	$(PYTEST) benchmarks

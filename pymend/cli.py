@@ -1,0 +1,526 @@
+"""The command line: ``pymend train | edit | eval | demo``.
+
+The flags of training are made from ``TrainConfig`` and ``MendConfig``. A preset and a ``--config``
+file are turned into flags and put before the user's own, so that later ones win and all are checked
+alike. Torch is imported by the commands, not here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shlex
+import shutil
+import sys
+import traceback
+from argparse import BooleanOptionalAction
+from collections.abc import Sequence
+from dataclasses import asdict, fields, replace
+from importlib import resources
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+
+import yaml
+
+from pymend.config import EditRequest, MendConfig, TrainConfig
+
+if TYPE_CHECKING:
+    from pymend.mend import Mend
+
+logger = logging.getLogger("pymend")
+
+T = TypeVar("T", MendConfig, TrainConfig)
+
+HELD_OUT = 1000  # records of a training file kept for validation, at most: its last tenth
+NOT_SETTINGS = ("command", "run", "config", "preset", "resume")  # of what config.yaml records
+
+HELP = {
+    "steps": "optimiser steps",
+    "batch_size": "independent edits in one step",
+    "accumulate": "passes that one step is split into, to save memory",
+    "outer": "prompts the edit loss is taken on",
+    "lr": "learning rate of the editor's networks",
+    "alpha_lr": "learning rate of the step sizes alpha",
+    "schedule": "learning rate after warm-up",
+    "warmup": "steps of linear warm-up",
+    "c_edit": "weight of the edit loss",
+    "c_loc": "weight of the locality loss",
+    "clip": "largest gradient norm",
+    "seed": "seed of the editor's start and of the sampling",
+    "eval_every": "steps between validations",
+    "eval_records": "validation records",
+    "patience": "validations without a better loss before stopping; 0: never",
+    "save_every": "steps between checkpoints",
+    "prefix_cache": "keep the states below the edited blocks in memory across epochs",
+    "rank": "width of the editor's low-rank layers",
+    "edit": "names or patterns of the weights to edit; without: MLP matrices of the last blocks",
+    "blocks": "how many of the last blocks",
+    "alpha": "initial step size",
+    "shared": "one network for each weight shape, not for each weight",
+    "norm": "normalise the inputs by running moments",
+    "init": "start of the networks; id: the identity",
+    "init_v": "start of the first factor of each layer",
+    "combine": "one network for u and delta together",
+    "one_sided": "transform only the smaller side",
+    "x_only": "transform only u",
+    "delta_only": "transform only delta",
+    "n_edits": "simultaneous edits the editor is trained for",
+    "official": "numeric conventions of the paper's code",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports mistakes as one line, like every other error."""
+
+    def __init__(self, **options: Any) -> None:
+        options.setdefault("allow_abbrev", False)
+        super().__init__(**options)
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; see {self.prog} --help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    logging.basicConfig(format="%(message)s")
+    logger.setLevel(logging.INFO)
+    try:
+        args = parse(sys.argv[1:] if argv is None else argv)
+        args.run(args)
+    except KeyboardInterrupt as stop:
+        print(f"\npymend: {stop or 'interrupted'}", file=sys.stderr)
+        return 130
+    except (OSError, ValueError, RuntimeError) as error:
+        if not _meant_for_user(error):
+            raise
+        print(f"pymend: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _meant_for_user(error: Exception) -> bool:
+    """Files that fail, and what this package raised; anything else is a bug and keeps its trace."""
+    frame = list(traceback.walk_tb(error.__traceback__))[-1][0]
+    return isinstance(error, OSError) or frame.f_globals["__name__"].startswith("pymend")
+
+
+# -- arguments -------------------------------------------------------------------------------
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse ``argv``; for ``train``, after the flags of its preset and its ``--config`` file.
+
+    Raises:
+        ValueError: a wrong flag, an unknown key or a file that is no YAML mapping.
+    """
+    parser, train = _parsers()
+    argv = list(argv)
+    if argv[:1] == ["train"] and not {"-h", "--help"} & set(argv):
+        first = _Parser(prog="pymend train", add_help=False)
+        first.add_argument("--config")
+        first.add_argument("--preset")
+        given, _ = first.parse_known_args(argv[1:])
+        own = read_settings(Path(given.config)) if given.config else {}
+        preset = given.preset or str(own.get("preset") or "default")
+        if preset not in _presets():
+            raise ValueError(f"unknown preset {preset!r}; choose one of {', '.join(_presets())}")
+        shipped = resources.files("pymend") / "presets" / f"{preset}.yaml"
+        with resources.as_file(shipped) as path:
+            flags = _flags(train, read_settings(path), path.name)
+        argv = ["train", *flags, *_flags(train, own, given.config), *argv[1:]]
+    return parser.parse_args(argv)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings in a YAML file, whose sections only group them.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not YAML, not a mapping, or a key that occurs twice.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"configuration file {path} does not exist")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds {type(values).__name__}, not settings such as 'steps: 500'")
+    settings: dict[str, Any] = {}
+    for key, value in values.items():
+        for name, inner in value.items() if isinstance(value, dict) else [(key, value)]:
+            name = str(name).replace("-", "_")
+            if name in settings:
+                raise ValueError(f"{path}: {name} is given twice")
+            settings[name] = inner
+    return settings
+
+
+def _flags(parser: argparse.ArgumentParser, settings: dict[str, Any], where: str) -> list[str]:
+    """``settings`` as command line flags of ``parser``."""
+    known = {a.dest: a for a in parser._actions if a.dest not in ("help", "config")}
+    flags: list[str] = []
+    for name, value in settings.items():
+        if name not in known:
+            raise ValueError(f"{where}: unknown setting {name!r}; known are {', '.join(known)}")
+        option = known[name].option_strings[0]
+        if isinstance(known[name], BooleanOptionalAction):
+            if not isinstance(value, bool):
+                raise ValueError(f"{where}: {name} must be true or false, got {value!r}")
+            flags.append(option if value else option.replace("--", "--no-", 1))
+        elif isinstance(value, list):
+            flags += [option, *map(str, value)]
+        elif value is not None:
+            flags.append(f"{option}={value}")
+    return flags
+
+
+def _presets() -> list[str]:
+    folder = resources.files("pymend") / "presets"
+    return sorted(Path(f.name).stem for f in folder.iterdir() if f.name.endswith(".yaml"))
+
+
+def _parsers() -> tuple[_Parser, argparse.ArgumentParser]:
+    """The whole parser, and that of ``train``."""
+    parser = _Parser(
+        prog="pymend", description="Correct facts inside a language model with MEND, and undo them."
+    )
+    parser.add_argument("--version", action="version", version=f"pymend {_version()}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train an editor for a model")
+    train.set_defaults(run=_train)
+    train.add_argument("--data", required=True, help="facts (built in), or a file of records")
+    train.add_argument(
+        "--eval-data",
+        help="validation records; by default the facts' validation split, or the last tenth of "
+        f"the file, at most {HELD_OUT}",
+    )
+    train.add_argument(
+        "--exclude", metavar="FILE", help="leave out records that overlap with this file"
+    )
+    train.add_argument("--output", required=True, metavar="DIR", help="receives the editor")
+    train.add_argument(
+        "--resume", action=BooleanOptionalAction, default=False, help="go on from a checkpoint"
+    )
+    train.add_argument("--config", metavar="FILE", help="settings as YAML; flags win over it")
+    train.add_argument("--preset", choices=_presets(), help="settings below those of --config")
+    _add_model(train)
+    _add_settings(train, TrainConfig, "training")
+    _add_settings(train, MendConfig, "editor")
+
+    edit = commands.add_parser("edit", help="edit facts with a trained editor")
+    edit.set_defaults(run=_edit)
+    edit.add_argument("--editor", required=True, metavar="DIR", help="what train wrote")
+    edit.add_argument("--prompt", action="append", default=[], help="may be repeated")
+    edit.add_argument("--target", action="append", default=[], help="new answer, one per prompt")
+    edit.add_argument("--data", help="take the records of a file in place of --prompt")
+    edit.add_argument("--output", metavar="DIR", help="save the edit")
+    edit.add_argument("--merge", metavar="DIR", help="save an ordinary model with the edit in it")
+    edit.add_argument("--tokens", type=int, default=12, help="length of the answers shown")
+    _add_model(edit)
+
+    evaluate = commands.add_parser("eval", help="measure a trained editor")
+    evaluate.set_defaults(run=_eval)
+    evaluate.add_argument("--editor", required=True, metavar="DIR", help="what train wrote")
+    evaluate.add_argument("--data", required=True, help="facts (the test split), or a file")
+    evaluate.add_argument("--limit", type=int, help="only the first records")
+    evaluate.add_argument("--output", metavar="FILE", help="write the results as JSON")
+    evaluate.add_argument("--ppl-text", metavar="FILE", help="text for the perplexity drawdown")
+    evaluate.add_argument("--batch-size", type=int, default=16, help="edits in one pass")
+    _add_model(evaluate)
+
+    demo = commands.add_parser("demo", help="train, edit, undo and measure on built-in facts")
+    demo.set_defaults(run=_demo)
+    demo.add_argument(
+        "--quick", action=BooleanOptionalAction, default=False, help="less of everything"
+    )
+    demo.add_argument(
+        "--output",
+        metavar="DIR",
+        help="default: runs/demo, or runs/demo-quick; the same demo in it is continued or shown "
+        "again, a demo with other settings is replaced, other files stay",
+    )
+    _add_model(demo)
+    _add_settings(demo, TrainConfig, "training", defaults=False)
+    _add_settings(demo, MendConfig, "editor", defaults=False)
+    return parser, train
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model and machine")
+    group.add_argument("--model", default="smollm2", help="smollm2, a folder, or a hub name")
+    group.add_argument(
+        "--chat",
+        action=BooleanOptionalAction,
+        default=False,
+        help="put prompts through the model's chat template",
+    )
+    group.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    group.add_argument("--device", help="default: the GPU if there is one")
+    group.add_argument("--threads", type=int, help="CPU threads")
+    group.add_argument(
+        "--matmul",
+        default="ieee",
+        choices=("ieee", "bf16"),
+        help="bf16: let float32 products on a CPU use its bfloat16 matrix units; faster where the "
+        "CPU has them, with about three digits in place of seven (default: ieee)",
+    )
+
+
+def _add_settings(
+    parser: argparse.ArgumentParser, cls: type, title: str, defaults: bool = True
+) -> None:
+    """One flag for each field of ``cls``. What is not given stays out of the namespace."""
+    group = parser.add_argument_group(title)
+    hints = get_type_hints(cls)
+    for field in fields(cls):
+        hint, default = hints[field.name], field.default
+        options: dict[str, Any] = {"type": hint}
+        if hint is bool:
+            options = {"action": BooleanOptionalAction}
+        elif get_origin(hint) is Literal:
+            options = {"choices": get_args(hint)}
+        elif get_origin(hint) is tuple:
+            options = {"nargs": "+", "metavar": "PATTERN"}
+        text = HELP[field.name]
+        if defaults and default != ():
+            text += f" (default: {default})"
+        flag = f"--{field.name.replace('_', '-')}"
+        group.add_argument(flag, default=argparse.SUPPRESS, help=text, **options)
+
+
+def settings_of(args: argparse.Namespace, base: T) -> T:
+    """``base`` with the fields that were given as flags."""
+    given = {f.name: getattr(args, f.name) for f in fields(base) if hasattr(args, f.name)}
+    return replace(base, **{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+
+
+def _version() -> str:
+    try:
+        return version("pymend-editor")
+    except PackageNotFoundError:  # a source tree that was not installed
+        return "(not installed)"
+
+
+# -- commands --------------------------------------------------------------------------------
+
+
+def _train(args: argparse.Namespace) -> None:
+    import torch
+
+    from pymend.files import replacing, writable_dir
+    from pymend.mend import Mend
+    from pymend.plots import learning_curves
+    from pymend.training.trainer import Trainer
+
+    train_config = settings_of(args, TrainConfig())
+    mend_config = settings_of(args, MendConfig())
+    train, held_out = _training_data(args)
+    output = writable_dir(args.output)
+    model, tokenizer = _model(args)
+    torch.manual_seed(train_config.seed)
+    mend = Mend.from_config(model, mend_config)
+    logger.info("editing %s", ", ".join(w.name for w in mend.weights))
+    trainer = Trainer(
+        mend, model, tokenizer, train, held_out, train_config, output, args.resume, chat=args.chat
+    )
+    config = output / "config.yaml"
+    chosen = {k: v for k, v in vars(args).items() if k not in NOT_SETTINGS}
+    chosen |= asdict(train_config) | asdict(mend_config) | {"edit": list(mend_config.edit) or None}
+    with replacing(config) as temporary:
+        temporary.write_text(yaml.safe_dump(chosen, sort_keys=False), encoding="utf-8")
+    try:
+        trainer.train()
+    except KeyboardInterrupt as stop:
+        again = shlex.join(["pymend", "train", "--config", str(config), "--resume"])
+        raise KeyboardInterrupt(f"{stop or 'interrupted'}: {again}") from None
+    learning_curves(output / "metrics.jsonl", output / "curves.png", args.model)
+    if trainer.best_step:
+        print(f"best validation loss {trainer.best_loss:.4f} at step {trainer.best_step}")
+    where = shlex.join(["--model", args.model, "--editor", str(output)])
+    print(f"the editor is in {output}; use it with: pymend edit {where} --prompt ... --target ...")
+
+
+def _training_data(args: argparse.Namespace) -> tuple[list[EditRequest], list[EditRequest]]:
+    """Training and validation records."""
+    from pymend.data import load_records, without_overlap
+
+    train = load_records(args.data)
+    if args.exclude:
+        train = without_overlap(train, load_records(args.exclude))
+    if args.eval_data or args.data == "facts":
+        return train, load_records(args.eval_data or "facts", split="validation")
+    count = min(HELD_OUT, len(train) // 10)
+    logger.info(
+        "training on the first %d records of %s, validating on its last %d",
+        len(train) - count,
+        args.data,
+        count,
+    )
+    return train[: len(train) - count], train[len(train) - count :]
+
+
+def _edit(args: argparse.Namespace) -> None:
+    from pymend.edit import LOSSY
+    from pymend.report import greedy, number, table
+    from pymend.tokens import Encoder
+
+    requests = _requests(args)
+    merged = _new_folder(args.merge) if args.merge else None
+    model, tokenizer = _model(args)
+    mend = _editor(args, model)
+    if len(requests) > mend.config.n_edits:
+        logger.warning(
+            "%d edits at once with an editor trained for %d: they may disturb each other",
+            len(requests),
+            mend.config.n_edits,
+        )
+    edit = mend.edit(model, tokenizer, requests, args.chat)
+    encoder = Encoder.for_model(model, tokenizer, args.chat)
+    prompts = [r.prompt for r in requests]
+    before = greedy(model, encoder, prompts, args.tokens)
+    with edit.applied(model):
+        after = greedy(model, encoder, prompts, args.tokens)
+    undone = greedy(model, encoder, prompts, args.tokens)
+
+    took = [
+        (o.prompt, o.target, number(o.probability_before), number(o.probability_after))
+        + ("yes" if o.success else "no",)
+        for o in edit.outcomes
+    ]
+    print(table(("prompt", "target", "P before", "P after", "took"), took, (60, 24, 9, 9, 4)))
+    print()
+    answers = list(zip(prompts, before, after, undone))
+    print(table(("prompt", "answer before", "after", "after undo"), answers, (40, 28, 28, 28)))
+    if args.output:
+        edit.save_pretrained(args.output)
+        print(f"the edit is in {args.output}")
+    if merged:
+        kept = edit.merge_(model)
+        if kept < LOSSY:
+            logger.warning("only %.0f %% of the edit survived the model's dtype", 100 * kept)
+        _save_model(model, tokenizer, merged)
+        edit.unmerge_(model)
+        print(f"the edited model is in {merged}")
+
+
+def _requests(args: argparse.Namespace) -> list[EditRequest]:
+    from pymend.data import load_records
+
+    if bool(args.data) == bool(args.prompt or args.target):
+        raise ValueError("name the edit by --prompt and --target, or by --data")
+    if args.data:
+        return load_records(args.data, split="test")
+    if len(args.prompt) != len(args.target):
+        raise ValueError(
+            f"{len(args.prompt)} --prompt and {len(args.target)} --target; give one for each"
+        )
+    return [EditRequest(p, t) for p, t in zip(args.prompt, args.target)]
+
+
+def _new_folder(name: str) -> Path:
+    """``name`` as a folder that may be filled.
+
+    Raises:
+        FileExistsError: it holds something already.
+    """
+    from pymend.files import writable_dir
+
+    folder = Path(name)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} is not empty; choose a new folder for the edited model")
+    return writable_dir(folder)
+
+
+def _save_model(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write a transformers model that appears in ``folder`` whole or not at all."""
+    scratch = folder.with_name(f".{folder.name}.tmp")
+    try:
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        scratch.rename(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _eval(args: argparse.Namespace) -> None:
+    from pymend.data import load_records
+    from pymend.evaluation import evaluate
+    from pymend.files import writable_dir, write_json
+    from pymend.report import metrics_table
+
+    for name in ("limit", "batch_size"):
+        if (getattr(args, name) or 1) < 1:
+            raise ValueError(f"{name} is {getattr(args, name)}; it must be at least 1")
+    data = load_records(args.data, split="test")[: args.limit]
+    text = Path(args.ppl_text).read_text(encoding="utf-8") if args.ppl_text else None
+    output = Path(args.output) if args.output else None
+    if output:
+        writable_dir(output.parent)
+    model, tokenizer = _model(args)
+    mend = _editor(args, model)
+    metrics = evaluate(mend, model, tokenizer, data, args.batch_size, text, args.chat).to_dict()
+    print(metrics_table(metrics))
+    print(metrics["protocol"])
+    if output:
+        source = {"model": args.model, "editor": args.editor, "data": args.data}
+        write_json(output, {**metrics, "source": source})
+        print(f"written to {output}")
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from pymend import demo
+    from pymend.data import load_facts
+
+    settings = demo.QUICK if args.quick else demo.FULL
+    settings = replace(
+        settings,
+        train=settings_of(args, settings.train),
+        mend=settings_of(args, settings.mend),
+    )
+    output = args.output or ("runs/demo-quick" if args.quick else "runs/demo")
+    model, tokenizer = _model(args)
+    train, validation, test = (load_facts(s) for s in ("train", "validation", "test"))
+    try:
+        demo.run(
+            model, tokenizer, train, validation, test, output, settings, args.model, args.chat
+        )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("interrupted; run the same command again to continue") from None
+
+
+# -- shared by the commands ------------------------------------------------------------------
+
+
+def _model(args: argparse.Namespace) -> tuple[Any, Any]:
+    """The model and tokenizer that ``args`` name, on a machine set up as they say."""
+    import torch
+    from transformers.utils import logging as quiet
+
+    from pymend.models.load import load_model
+
+    quiet.set_verbosity_error()
+    quiet.disable_progress_bar()
+    if args.threads is not None:
+        if args.threads < 1:
+            raise ValueError(f"threads is {args.threads}; it must be at least 1")
+        torch.set_num_threads(args.threads)
+    torch.backends.mkldnn.matmul.fp32_precision = args.matmul
+    logger.info("loading %s", args.model)
+    return load_model(args.model, args.dtype, args.device)
+
+
+def _editor(args: argparse.Namespace, model: Any) -> Mend:
+    """The trained editor, with a word if it was trained on another model."""
+    from pymend.edit import fingerprint
+    from pymend.mend import Mend
+
+    mend = Mend.from_pretrained(args.editor)
+    mend.fit(model)
+    if mend.model_fingerprint != fingerprint(model, mend.weights):
+        logger.warning("%s was trained on another model; its edits may fail here", args.editor)
+    return mend

@@ -1,0 +1,73 @@
+"""A model and its tokenizer from a folder, a hub name, or ``smollm2``."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from pymend.models import smollm2
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def load_model(
+    name: str, dtype: str = "auto", device: str | None = None
+) -> tuple[PreTrainedModel, Any]:
+    """Load a decoder-only language model, in evaluation mode, and its tokenizer.
+
+    Args:
+        name: ``smollm2`` (no hub needed), a transformers folder, or a name on the hub.
+        dtype: one of ``DTYPES``; ``auto`` keeps what the model was saved in.
+        device: a torch device; by default the GPU if there is one.
+
+    Raises:
+        FileNotFoundError: a path that does not exist.
+        ValueError: an unknown dtype or device, or a folder without a usable model.
+        RuntimeError: a hub name that cannot be fetched.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
+    target = _device(device)
+    source = str(smollm2.prepare()) if name == "smollm2" else name
+    local = Path(source).expanduser()
+    if local.exists():
+        source = str(local)
+    elif _looks_like_path(name):
+        raise FileNotFoundError(
+            f"model folder {name} does not exist; name a folder, a hub model, or smollm2"
+        )
+    # Asking the hub about a local folder would only cost time, or fail without a network.
+    where = {"pretrained_model_name_or_path": source, "local_files_only": local.exists()}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+        model = AutoModelForCausalLM.from_pretrained(
+            **where, dtype=dtype if dtype == "auto" else getattr(torch, dtype)
+        )
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if local.exists():
+            raise ValueError(f"{source} holds no model that can be loaded: {reason}") from error
+        raise RuntimeError(
+            f"model {name!r} is no folder here and cannot be fetched from the hub: {reason}"
+        ) from error
+    return model.to(target).eval(), tokenizer
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"device {name!r} cannot be used: {str(error).splitlines()[0]}; try cpu"
+        ) from error
+    return device
+
+
+def _looks_like_path(name: str) -> bool:
+    """Whether ``name`` cannot be a hub name, which is ``name`` or ``owner/name``."""
+    return name.startswith(".") or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)

@@ -1,0 +1,94 @@
+"""Plain text tables and the greedy answers that go into them."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from pymend.models import frozen
+from pymend.tokens import Encoder
+
+GENERATE_TOGETHER = 16  # prompts in one call of generate
+
+
+def table(
+    headers: Sequence[str], rows: Sequence[Sequence[str]], widths: Sequence[int] | None = None
+) -> str:
+    """A text table; cells longer than their column's ``widths`` are wrapped."""
+    limits = widths or [60] * len(headers)
+    lines = [
+        # A line break inside a cell would break the table; it is shown as one.
+        [textwrap.wrap(cell.replace("\n", " / "), limit) or [""] for cell, limit in zip(r, limits)]
+        for r in (headers, *rows)
+    ]
+    used = [max(len(part) for row in lines for part in row[i]) for i in range(len(headers))]
+    out = []
+    for row in lines:
+        for k in range(max(map(len, row))):
+            cells = (cell[k] if k < len(cell) else "" for cell in row)
+            out.append("  ".join(c.ljust(w) for c, w in zip(cells, used)).rstrip())
+    head = max(map(len, lines[0]))
+    return "\n".join([*out[:head], "  ".join("-" * w for w in used), *out[head:]])
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A score, or a dash where there is none."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def memory(count: float) -> str:
+    """A number of bytes in a unit that reads well."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+def metrics_table(metrics: Mapping[str, Any], extra: Sequence[tuple[str, str]] = ()) -> str:
+    """The table that ends an evaluation, from what ``Metrics.to_dict`` gives.
+
+    Args:
+        extra: further rows (what, value).
+    """
+    rows = []
+    for name in ("edit_success", "generality", "locality", "accuracy_drawdown"):
+        bounds = metrics["intervals_95"][name]
+        spread = "" if bounds is None else f"95 %: {bounds[0]:.3f} to {bounds[1]:.3f}"
+        rows.append((name.replace("_", " "), number(metrics[name]), spread))
+    text = metrics["perplexity"]
+    change = "-" if text["before"] is None else f"{text['before']:.2f} -> {text['after']:.2f}"
+    rows.append(("perplexity drawdown", number(metrics["perplexity_drawdown"]), change))
+    rows.append(("edits", str(metrics["n"]), ""))
+    rows.append(("edits per second", number(metrics["edits_per_second"], 2), ""))
+    rows.append(("evaluation, seconds", number(metrics["seconds"], 1), ""))
+    rows += [(what, value, "") for what, value in extra]
+    rows.append(("peak memory", memory(metrics["peak_memory_bytes"]), ""))
+    return table(("measure", "value", ""), rows)
+
+
+@torch.no_grad()
+def greedy(
+    model: PreTrainedModel, encoder: Encoder, prompts: Sequence[str], tokens: int
+) -> list[str]:
+    """The first line of the model's greedy continuation of every prompt."""
+    tokenizer, device = encoder.tokenizer, model.device
+    pad = tokenizer.eos_token_id or 0
+    answers = []
+    for i in range(0, len(prompts), GENERATE_TOGETHER):
+        rows = [encoder.row(p).ids for p in prompts[i : i + GENERATE_TOGETHER]]
+        width = max(map(len, rows))
+        ids = torch.tensor([[*[pad] * (width - len(r)), *r] for r in rows], device=device)
+        length = torch.tensor([[len(r)] for r in rows], device=device)
+        mask = (torch.arange(width, device=device) >= width - length).long()
+        with frozen(model):
+            out = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                do_sample=False,
+                max_new_tokens=tokens,
+                pad_token_id=pad,
+            )
+        texts = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+        answers += [next(iter(text.strip().splitlines()), "") for text in texts]
+    return answers

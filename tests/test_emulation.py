@@ -1,0 +1,98 @@
+"""The CUDA kernels' own sources on fibers: schedules, block sizes, planted faults, rounding.
+
+This shows index math, barriers, reductions, tails and rounding. It cannot show memory ordering,
+true races, warp divergence, tensor cores, asynchronous copies, occupancy or speed.
+Those need a GPU.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import numpy
+import pytest
+import torch
+from ops.test_rank_update import DTYPES, assert_right, emulate, make_case
+
+_emu = pytest.importorskip("_emu", reason="the emulation module is not built (it needs pybind11)")
+
+ORDERS = [("reversed", 0)] + [("random", seed) for seed in range(5)]
+
+
+def some_case(dtype):
+    """Tails in both directions, more than one stage of factors, more than one tile."""
+    return make_case(dtype, [(33, 70), (17, 31), (0, 3), (5, 260)], [35, 1, 2, 0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("block", [32, 64, 256])
+def test_schedules_are_bit_equal(block, dtype):
+    cases = [some_case(dtype) for _ in range(1 + len(ORDERS))]
+    plain = emulate(cases[0], block=block)
+    for case, (order, seed) in zip(cases[1:], ORDERS, strict=True):
+        assert torch.equal(emulate(case, block=block, order=order, seed=seed), plain)
+        for a, b in zip(case.weights, cases[0].weights, strict=True):
+            assert torch.equal(a, b), f"{order} {seed}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_block_sizes_agree(dtype):
+    """An element's sum has one order whatever the block, so the weights are bit-equal."""
+    cases = {block: some_case(dtype) for block in (32, 64, 256)}
+    fidelity = {block: emulate(case, block=block) for block, case in cases.items()}
+    for block, case in cases.items():
+        for a, b in zip(case.weights, cases[32].weights, strict=True):
+            assert torch.equal(a, b)
+        torch.testing.assert_close(fidelity[block], fidelity[32], rtol=1e-6, atol=0)
+    assert_right("emu", some_case(dtype))
+
+
+def test_arguments_are_refused():
+    for options, message in (({"block": 48}, "block is 48"), ({"order": "up"}, "schedule is 'up'")):
+        with pytest.raises(ValueError, match=message):
+            emulate(make_case(torch.float32, [(2, 2)], [1]), **options)
+    with pytest.raises(ValueError, match="32 matrices"):
+        emulate(make_case(torch.float32, [(1, 1)] * 33, [1] * 33))
+
+
+def reverse(fault: str, order: str = "forward") -> torch.Tensor:
+    values, out = torch.arange(64.0), torch.zeros(64)
+    _emu.run_fault(fault, values.data_ptr(), out.data_ptr(), order)
+    return out
+
+
+def test_planted_faults_are_caught():
+    assert torch.equal(reverse("none"), torch.arange(64.0).flip(0))
+    broken = reverse("no barrier")
+    assert broken.isnan().any(), "unwritten shared memory reads as NaN"
+    assert not torch.equal(broken.isnan(), reverse("no barrier", "reversed").isnan())
+    with pytest.raises(RuntimeError, match=r"divergent barrier in block 0.*thread 5 has returned"):
+        reverse("early return")
+    with pytest.raises(RuntimeError, match=r"divergent barrier.*thread 16 has returned"):
+        reverse("half warp")
+    assert torch.equal(reverse("none"), copy.copy(torch.arange(64.0).flip(0))), "state is clean"
+
+
+@pytest.mark.parametrize("name, dtype", [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_rounding_is_torch_rounding(name, dtype):
+    """All 65,536 values widen as in torch; floats on and beside midpoints round as in torch."""
+    words = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype)
+    wide = words.float()
+    ours = getattr(_emu, f"widen_{name}")(numpy.arange(65536, dtype=numpy.uint16))
+    numpy.testing.assert_array_equal(ours, wide.numpy())
+
+    finite = wide[wide.isfinite()].sort().values
+    middle = ((finite[1:].double() + finite[:-1].double()) / 2).float()
+    beside = [torch.nextafter(middle, torch.full_like(middle, e)) for e in (-1e38, 1e38)]
+    special = torch.tensor([0.0, -0.0, 1e38, -3.4e38, 65520.0, 65519.99, 1e-45, float("inf")])
+    bits = torch.randint(-(2**31), 2**31 - 1, (200_000,), dtype=torch.int32).view(torch.float32)
+    probes = torch.cat([middle, *beside, special, -special, bits[~bits.isnan()]])
+    ours = getattr(_emu, f"round_{name}")(probes.numpy()).astype(numpy.int32)
+    theirs = probes.to(dtype).view(torch.int16).int().numpy() & 0xFFFF
+    numpy.testing.assert_array_equal(ours, theirs)
+    assert (
+        torch.tensor([getattr(_emu, f"round_{name}")(float("nan"))])
+        .to(torch.int16)
+        .view(dtype)
+        .isnan()
+    )
