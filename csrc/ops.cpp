@@ -7,8 +7,7 @@ STABLE_TORCH_LIBRARY(pymend, m) {
   // weights[i] -= alpha[i] * sum_r delta[i][r] u[i][r]^T, in place; returns the fidelity per matrix, dtype of alpha.
   //   weights: [out, in], or [in, out] where transposed; all of one dtype; contiguous, not overlapping
   //   u: [n, in], delta: [n, out], alpha: [len(weights)]; float32, float64 for float64 weights; contiguous
-  m.def(
-      "rank_update(Tensor(a!)[] weights, Tensor[] u, Tensor[] delta, Tensor alpha, bool[] transposed) -> Tensor");
+  m.def("rank_update(Tensor(a!)[] weights, Tensor[] u, Tensor[] delta, Tensor alpha, bool[] transposed) -> Tensor");
 }
 
 namespace {

@@ -1,4 +1,5 @@
-// The border to torch: the only file that includes it. LibTorch's stable ABI, so one binary serves torch 2.11 and later.
+// The border to torch: the only file that includes it. LibTorch's stable ABI, so one binary serves torch 2.11 and
+// later.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>

@@ -17,6 +17,11 @@ from torch import Tensor, nn
 from pymend.models import EditedWeight, weight_of
 
 HALF_SCALE = 2.0**10  # keeps small float16 deltas above underflow; a power of two, so exact
+DEAD, LIVE, NOT_FINITE = 0, 1, 2  # what a captured row can be
+
+
+class NonFiniteError(ValueError):
+    """Gradients or factors that are not finite: nothing can be made of the edit they belong to."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,7 @@ class Tape:
 
         Raises:
             RuntimeError: an edited module was not called.
+            NonFiniteError: a live row is not finite.
         """
         probes = [p for w in self.weights for p in self._probes[w.name]]
         missing = [w.name for w in self.weights if not self._probes[w.name]]
@@ -68,16 +74,29 @@ class Tape:
             u = torch.cat([_episodes(x, episodes) for x in self._inputs[w.name]], 1)
             delta = torch.cat([_episodes(next(grads), episodes) for _ in self._probes[w.name]], 1)
             rows[w.name] = u, delta / scale
-        live = [(u != 0).any(-1) & (delta != 0).any(-1) for u, delta in rows.values()]
-        on_host = torch.cat([x.flatten() for x in live]).cpu().split([x.numel() for x in live])
+        states = [_state(u, delta) for u, delta in rows.values()]
+        on_host = torch.cat([x.flatten() for x in states]).cpu().split([x.numel() for x in states])
         captured = {}
-        for (name, (u, delta)), mask in zip(rows.items(), on_host):
+        for (name, (u, delta)), state in zip(rows.items(), on_host):
+            if (state == NOT_FINITE).any():
+                raise NonFiniteError(
+                    f"the gradients of {name} are not finite: the model's own output is not, or "
+                    "its precision overflows; try float32"
+                )
+            mask = state == LIVE
             counts = mask.view(episodes, -1).sum(1).tolist()
             index = mask.nonzero()[:, 0].to(u.device)
             captured[name] = Factors(
                 u.flatten(0, 1)[index], delta.flatten(0, 1)[index], tuple(counts)
             )
         return captured
+
+
+def _state(u: Tensor, delta: Tensor) -> Tensor:
+    """Which of DEAD, LIVE and NOT_FINITE each row is, int8."""
+    live = (u != 0).any(-1) & (delta != 0).any(-1)
+    finite = (u.sum(-1) + delta.sum(-1)).isfinite()
+    return torch.where(live, torch.where(finite, LIVE, NOT_FINITE), DEAD).char()
 
 
 def _episodes(x: Tensor, episodes: int) -> Tensor:

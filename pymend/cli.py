@@ -13,20 +13,26 @@ import shlex
 import shutil
 import sys
 import traceback
+import warnings
 from argparse import BooleanOptionalAction
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from importlib import resources
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+from typing import (
+    Any,
+    Literal,
+    NoReturn,
+    TypeVar,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import yaml
 
 from pymend.config import EditRequest, MendConfig, TrainConfig
-
-if TYPE_CHECKING:
-    from pymend.mend import Mend
 
 logger = logging.getLogger("pymend")
 
@@ -85,6 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     logging.basicConfig(format="%(message)s")
     logger.setLevel(logging.INFO)
+    # A user needs the sentence, not the line of code that says it.
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
         args.run(args)
@@ -102,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _meant_for_user(error: Exception) -> bool:
     """Files that fail, and what this package raised; anything else is a bug and keeps its trace."""
     frame = list(traceback.walk_tb(error.__traceback__))[-1][0]
-    return isinstance(error, OSError) or frame.f_globals["__name__"].startswith("pymend")
+    return isinstance(error, OSError) or frame.f_globals.get("__name__", "").startswith("pymend")
 
 
 # -- arguments -------------------------------------------------------------------------------
@@ -259,7 +267,9 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         default=False,
         help="put prompts through the model's chat template",
     )
-    group.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    group.add_argument(
+        "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16")
+    )
     group.add_argument("--device", help="default: the GPU if there is one")
     group.add_argument("--threads", type=int, help="CPU threads")
     group.add_argument(
@@ -295,8 +305,12 @@ def _add_settings(
 
 def settings_of(args: argparse.Namespace, base: T) -> T:
     """``base`` with the fields that were given as flags."""
-    given = {f.name: getattr(args, f.name) for f in fields(base) if hasattr(args, f.name)}
-    return replace(base, **{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+    given: dict[str, Any] = {}
+    for field in fields(base):
+        if hasattr(args, field.name):
+            value = getattr(args, field.name)
+            given[field.name] = tuple(value) if isinstance(value, list) else value
+    return replace(base, **given)
 
 
 def _version() -> str:
@@ -366,19 +380,14 @@ def _training_data(args: argparse.Namespace) -> tuple[list[EditRequest], list[Ed
 
 def _edit(args: argparse.Namespace) -> None:
     from pymend.edit import LOSSY
+    from pymend.mend import Mend
     from pymend.report import greedy, number, table
     from pymend.tokens import Encoder
 
     requests = _requests(args)
     merged = _new_folder(args.merge) if args.merge else None
+    mend = Mend.from_pretrained(args.editor)
     model, tokenizer = _model(args)
-    mend = _editor(args, model)
-    if len(requests) > mend.config.n_edits:
-        logger.warning(
-            "%d edits at once with an editor trained for %d: they may disturb each other",
-            len(requests),
-            mend.config.n_edits,
-        )
     edit = mend.edit(model, tokenizer, requests, args.chat)
     encoder = Encoder.for_model(model, tokenizer, args.chat)
     prompts = [r.prompt for r in requests]
@@ -388,13 +397,18 @@ def _edit(args: argparse.Namespace) -> None:
     undone = greedy(model, encoder, prompts, args.tokens)
 
     took = [
-        (o.prompt, o.target, number(o.probability_before), number(o.probability_after))
-        + ("yes" if o.success else "no",)
+        (
+            o.prompt,
+            o.target,
+            number(o.probability_before),
+            number(o.probability_after),
+            "yes" if o.success else "no",
+        )
         for o in edit.outcomes
     ]
     print(table(("prompt", "target", "P before", "P after", "took"), took, (60, 24, 9, 9, 4)))
     print()
-    answers = list(zip(prompts, before, after, undone))
+    answers = list(zip(prompts, before, after, undone, strict=True))
     print(table(("prompt", "answer before", "after", "after undo"), answers, (40, 28, 28, 28)))
     if args.output:
         edit.save_pretrained(args.output)
@@ -419,7 +433,7 @@ def _requests(args: argparse.Namespace) -> list[EditRequest]:
         raise ValueError(
             f"{len(args.prompt)} --prompt and {len(args.target)} --target; give one for each"
         )
-    return [EditRequest(p, t) for p, t in zip(args.prompt, args.target)]
+    return [EditRequest(p, t) for p, t in zip(args.prompt, args.target, strict=True)]
 
 
 def _new_folder(name: str) -> Path:
@@ -451,6 +465,7 @@ def _eval(args: argparse.Namespace) -> None:
     from pymend.data import load_records
     from pymend.evaluation import evaluate
     from pymend.files import writable_dir, write_json
+    from pymend.mend import Mend
     from pymend.report import metrics_table
 
     for name in ("limit", "batch_size"):
@@ -461,8 +476,8 @@ def _eval(args: argparse.Namespace) -> None:
     output = Path(args.output) if args.output else None
     if output:
         writable_dir(output.parent)
+    mend = Mend.from_pretrained(args.editor)
     model, tokenizer = _model(args)
-    mend = _editor(args, model)
     metrics = evaluate(mend, model, tokenizer, data, args.batch_size, text, args.chat).to_dict()
     print(metrics_table(metrics))
     print(metrics["protocol"])
@@ -486,9 +501,7 @@ def _demo(args: argparse.Namespace) -> None:
     model, tokenizer = _model(args)
     train, validation, test = (load_facts(s) for s in ("train", "validation", "test"))
     try:
-        demo.run(
-            model, tokenizer, train, validation, test, output, settings, args.model, args.chat
-        )
+        demo.run(model, tokenizer, train, validation, test, output, settings, args.model, args.chat)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; run the same command again to continue") from None
 
@@ -509,18 +522,6 @@ def _model(args: argparse.Namespace) -> tuple[Any, Any]:
         if args.threads < 1:
             raise ValueError(f"threads is {args.threads}; it must be at least 1")
         torch.set_num_threads(args.threads)
-    torch.backends.mkldnn.matmul.fp32_precision = args.matmul
+    torch.backends.mkldnn.matmul.fp32_precision = args.matmul  # type: ignore[attr-defined]
     logger.info("loading %s", args.model)
     return load_model(args.model, args.dtype, args.device)
-
-
-def _editor(args: argparse.Namespace, model: Any) -> Mend:
-    """The trained editor, with a word if it was trained on another model."""
-    from pymend.edit import fingerprint
-    from pymend.mend import Mend
-
-    mend = Mend.from_pretrained(args.editor)
-    mend.fit(model)
-    if mend.model_fingerprint != fingerprint(model, mend.weights):
-        logger.warning("%s was trained on another model; its edits may fail here", args.editor)
-    return mend

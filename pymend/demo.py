@@ -180,7 +180,7 @@ def run(
     rows = [(f"{what}, seconds", f"{value:.0f}") for what, value in seconds.items()]
     print(metrics_table(metrics, rows))
     print(f"\nResults: {folder / 'metrics.json'}   curves: {folder / 'curves.png'}")
-    print(f"Edit on: pymend edit --editor {folder} --prompt ... --target ...")
+    print(f"Edit on: pymend edit --model {name} --editor {folder} --prompt ... --target ...")
     return metrics
 
 
@@ -272,10 +272,10 @@ class _Interview:
         finally:
             edit.unmerge_(self.model)
         undone = self._answers(texts)
-        restored = all(torch.equal(a, b) for a, b in zip(kept, weights))
+        restored = all(torch.equal(a, b) for a, b in zip(kept, weights, strict=True))
         answers = [
             Answer(kind, text, b, a, u, _verdict(kind, request.target, b, a))
-            for (kind, text), b, a, u in zip(prompts, before, after, undone)
+            for (kind, text), b, a, u in zip(prompts, before, after, undone, strict=True)
         ]
         return Example(
             request.subject, request.ground_truth, request.target, restored, tuple(answers)
@@ -302,8 +302,8 @@ def _few_prompts(request: EditRequest) -> list[tuple[str, str]]:
     """One paraphrase, and the first and last locality prompt: same relation and another one."""
     prompts = [("edited prompt", request.prompt)]
     prompts += [("paraphrase", text) for text in request.rephrases[-1:]]
-    probes = [p.prompt for p in request.locality]
-    return prompts + list(zip(("same relation", "other relation"), [*probes[:1], *probes[1:][-1:]]))
+    prompts += [("same relation", p.prompt) for p in request.locality[:1]]
+    return prompts + [("other relation", p.prompt) for p in request.locality[1:][-1:]]
 
 
 def _wrong_generalisation(
@@ -342,7 +342,10 @@ def _wrong_generalisation(
 
 
 def _describe(example: Example) -> str:
-    rows = [(a.kind, a.prompt, a.before, a.after, a.undone, a.verdict) for a in example.answers]
+    rows = []
+    for a in example.answers:
+        said = [text or "(nothing)" for text in (a.before, a.after, a.undone)]
+        rows.append((a.kind, a.prompt, *said, a.verdict))
     headers = ("", "prompt", "before", "after", "after undo", "verdict")
     weights = "the weights are back, bit for bit" if example.weights_restored else "NOT restored"
     title = f"{example.subject}: {example.truth} -> {example.target}   (after undo {weights})"

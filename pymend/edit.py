@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pymend.capture import first_input
+from pymend.capture import NonFiniteError, first_input
 from pymend.files import digest, read_json, read_tensors, writable_dir, write_json, write_tensors
 from pymend.models import EditedWeight, weight_of
 from pymend.ops.rank_update import rank_update
@@ -279,7 +279,9 @@ class Edit:
             # The sum is finite only if every element is; one reduction, no mask.
             total = f.u.detach().double().abs().sum() * f.delta.detach().double().abs().sum()
             if not torch.isfinite(total * f.alpha.detach()):
-                raise ValueError(f"the factors of {name} are not finite; compute the edit again")
+                raise NonFiniteError(
+                    f"the factors of {name} are not finite; compute the edit again"
+                )
         if self.fingerprint and self.fingerprint != fingerprint(model, self.weights):
             raise ValueError(
                 "this edit was made for another model: the edited weights differ; "

@@ -7,8 +7,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -141,15 +142,21 @@ class Mend:
     ) -> Edit:
         if not requests:
             raise ValueError("no request to edit; give at least one")
+        if joint and len(requests) != self.config.n_edits:
+            warnings.warn(
+                f"this editor was trained for n_edits={self.config.n_edits} at once, not for "
+                f"{len(requests)}: the size of an edit grows with their number",
+                stacklevel=3,
+            )
         encoder = Encoder.for_model(model, tokenizer, chat)
         rows = [encoder.row(r.prompt, r.target) for r in requests]
-        self.fit(model)
+        known = self.fit(model)
         with frozen(model):
             replay = Replay(model, self.weights)
             replay.load(rows)
             edit = self.independent(replay, rows, joint)
             edit.outcomes = _outcomes(replay, edit, requests, rows, encoder)
-        edit.fingerprint = fingerprint(model, self.weights)
+        edit.fingerprint = known
         return edit
 
     @torch.no_grad()
@@ -160,19 +167,34 @@ class Mend:
             ValueError: the captured gradients or the factors are not finite.
         """
         captured = self.capture(replay, rows, 1 if joint else len(rows))
-        edit = Edit(self.weights, self.factors(captured, joint))
+        # alpha is a view of the editor's: an edit must not follow its later training.
+        factors = {
+            name: replace(f, alpha=f.alpha.detach().clone())
+            for name, f in self.factors(captured, joint).items()
+        }
+        edit = Edit(self.weights, factors)
         edit.check(replay.model)
         return edit
 
-    def fit(self, model: nn.Module) -> None:
-        """Move the editor to ``model``'s device.
+    def fit(self, model: nn.Module) -> str:
+        """Move the editor to ``model``'s device; return the model's fingerprint.
+
+        Warns if the editor was trained on other values of the edited weights.
 
         Raises:
             ValueError: ``model`` lacks an edited weight or has it in another shape.
         """
         for w in self.weights:
             weight_of(model, w)
+        own = fingerprint(model, self.weights)
+        if self.model_fingerprint and self.model_fingerprint != own:
+            warnings.warn(
+                "this editor was trained on another model: the edited weights differ, so its edits "
+                "may not take; train it on this model",
+                stacklevel=4,
+            )
         self.editor.to(next(model.parameters()).device)
+        return own
 
     # -- files -------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
@@ -20,6 +21,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from pymend.models import EditedWeight, lowest_block
 from pymend.tokens import Batch, Row
 
+HEAD_ROWS = 4  # fewest rows the head is given, if more than one
 GROUP_TOKENS = 2048  # tokens of one prefix pass; more gains nothing, and memory grows
 
 
@@ -48,7 +50,7 @@ class Replay:
             return
         if not self._keep:
             self._states = {}
-        todo = sorted({r.ids for r in rows} - self._states.keys(), key=lambda ids: (len(ids), ids))
+        todo = sorted({r.inputs for r in rows} - self._states.keys(), key=lambda ids: (len(ids), ids))
         group: list[tuple[int, ...]] = []
         for ids in todo:
             longer = group and len(ids) > 1.25 * len(group[0]) + 1
@@ -63,7 +65,7 @@ class Replay:
     def _record(self, group: list[tuple[int, ...]]) -> None:
         """Run the blocks below the cut on ``group`` and keep what the last of them returns."""
         assert self.blocks is not None
-        batch = Batch.of([Row(ids) for ids in group], self.device)
+        batch = Batch.of([Row(ids, answer=False) for ids in group], self.device)
         output: Any = None
 
         def keep(_module: nn.Module, _args: Any, result: Any) -> None:
@@ -97,7 +99,7 @@ class Replay:
                 leaves, spec, per_row = self._shape
                 leaves = list(leaves)
                 for k, j in enumerate(per_row):
-                    states = [self._states[row.ids][k] for row in batch.rows]
+                    states = [self._states[row.inputs][k] for row in batch.rows]
                     leaves[j] = pad_sequence(states, batch_first=True)
                 record = tree_unflatten(leaves, spec)
                 below = self.blocks[: self.cut]
@@ -107,8 +109,11 @@ class Replay:
     def _run(self, batch: Batch, row: Tensor, position: Tensor) -> Tensor:
         head = self.model.get_output_embeddings()
 
+        # Matrix libraries are slower at two and three rows than at four.
+        extra = HEAD_ROWS - len(row) if 1 < len(row) < HEAD_ROWS else 0
+
         def gather(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return (args[0][row, position][None], *args[1:])
+            return (F.pad(args[0][row, position], (0, 0, 0, extra))[None], *args[1:])
 
         handle = head.register_forward_pre_hook(gather) if head is not None else None
         try:
@@ -118,7 +123,7 @@ class Replay:
         finally:
             if handle is not None:
                 handle.remove()
-        return logits[0] if head is not None else logits[row, position]
+        return logits[0, : len(row)] if head is not None else logits[row, position]
 
 
 @contextmanager

@@ -21,18 +21,22 @@ def table(
     """A text table; cells longer than their column's ``widths`` are wrapped."""
     limits = widths or [60] * len(headers)
     lines = [
-        # A line break inside a cell would break the table; it is shown as one.
-        [textwrap.wrap(cell.replace("\n", " / "), limit) or [""] for cell, limit in zip(r, limits)]
-        for r in (headers, *rows)
+        [_wrapped(cell, limit) for cell, limit in zip(row, limits, strict=True)]
+        for row in (headers, *rows)
     ]
     used = [max(len(part) for row in lines for part in row[i]) for i in range(len(headers))]
     out = []
     for row in lines:
         for k in range(max(map(len, row))):
             cells = (cell[k] if k < len(cell) else "" for cell in row)
-            out.append("  ".join(c.ljust(w) for c, w in zip(cells, used)).rstrip())
+            out.append("  ".join(c.ljust(w) for c, w in zip(cells, used, strict=True)).rstrip())
     head = max(map(len, lines[0]))
     return "\n".join([*out[:head], "  ".join("-" * w for w in used), *out[head:]])
+
+
+def _wrapped(cell: str, width: int) -> list[str]:
+    """The lines of a cell; a line break in it would break the table and is shown as a slash."""
+    return textwrap.wrap(cell.replace("\n", " / "), width) or [""]
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -82,7 +86,7 @@ def greedy(
         length = torch.tensor([[len(r)] for r in rows], device=device)
         mask = (torch.arange(width, device=device) >= width - length).long()
         with frozen(model):
-            out = model.generate(
+            out = model.generate(  # type: ignore[operator]
                 input_ids=ids,
                 attention_mask=mask,
                 do_sample=False,

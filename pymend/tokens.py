@@ -31,6 +31,11 @@ class Row:
     first: int = 0
     answer: bool = True
 
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        """What the model reads: the last token of an answer is predicted, never read."""
+        return self.ids[:-1] if self.answer else self.ids
+
     def positions(self) -> range:
         """Positions whose logits are looked at."""
         return range(self.first, len(self.ids) - 1 if self.answer else len(self.ids))
@@ -71,10 +76,10 @@ class Batch:
     @classmethod
     def of(cls, rows: Sequence[Row], device: torch.device | str = "cpu") -> Batch:
         """Pad ``rows`` on the right."""
-        width = max(len(r.ids) for r in rows)
+        width = max(len(r.inputs) for r in rows)
         # Padding is masked and carries no label, so any token id will do.
-        ids = torch.tensor([[*r.ids, *[0] * (width - len(r.ids))] for r in rows])
-        length = torch.tensor([len(r.ids) for r in rows])
+        ids = torch.tensor([[*r.inputs, *[0] * (width - len(r.inputs))] for r in rows])
+        length = torch.tensor([len(r.inputs) for r in rows])
         mask = (torch.arange(width) < length[:, None]).long()
         labels = [(i, t, y) for i, r in enumerate(rows) for t, y in zip(r.positions(), r.targets())]
         row, position, target = torch.tensor(labels, dtype=torch.long).reshape(-1, 3).unbind(1)

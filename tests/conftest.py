@@ -16,6 +16,9 @@ from pathlib import Path
 
 import numpy
 import pytest
+
+# Before torch: threads that wait by spinning make small tests many times slower on a busy machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 
 os.environ.setdefault("PYMEND_KERNELS", "all")  # the gate is for users: tests run every kernel

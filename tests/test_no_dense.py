@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import FAMILY, facts, random_episodes, reference_batch, tiny_mend, tokenizer
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -20,7 +21,6 @@ from pymend.models import EditedWeight, frozen, weight_of
 from pymend.replay import Replay
 from pymend.training.episodes import run_episodes
 from pymend.training.optim import EditorOptimizer
-from tiny import FAMILY, facts, random_episodes, reference_batch, tiny_mend, tokenizer
 
 
 class NoDense(TorchDispatchMode):
@@ -65,7 +65,7 @@ def test_sizes_do_not_collide_with_the_editor(model: Any) -> None:
 
 
 def test_capture_and_edit(model: Any) -> None:
-    mend = tiny_mend(model)
+    mend = tiny_mend(model, n_edits=3)
     rows = [row for e in random_episodes(3) for row in e.edits]
     with no_dense(model, mend), frozen(model):
         replay = Replay(model, mend.weights)
@@ -93,7 +93,9 @@ def test_training_step(model: Any, edits: int) -> None:
             (0.1 * scores.nll + scores.kl).mean().backward()
             assert optimizer.step(step) > 0
     after = list(mend.editor.parameters())
-    assert not all(torch.equal(a, b) for a, b in zip(after, before)), "the step was taken"
+    assert not all(torch.equal(a, b) for a, b in zip(after, before, strict=True)), (
+        "the step was taken"
+    )
 
 
 def test_evaluation(model: Any) -> None:

@@ -134,15 +134,15 @@ def facts(count: int, seed: int = 0, locality: bool = True, old: bool = True) ->
 
 def tiny_mend(model: nn.Module, moved: float = 0.05, **config: Any) -> Mend:
     """An editor whose parameters lie off their start by ``moved``, in the model's precision."""
+    torch.manual_seed(1)
     mend = Mend.from_config(model, MendConfig(**{"rank": 7, "alpha": 0.01, **config}))
-    generator = torch.Generator().manual_seed(1)
     dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
     mend.editor.nets.to(dtype)
     for net in mend.editor.nets.values():
         net.moments.to(torch.float32 if mend.config.official else torch.float64)
     with torch.no_grad():
         for p in mend.editor.nets_parameters():
-            p += moved * torch.randn(p.shape, generator=generator)
+            p += moved * torch.randn_like(p)
         mend.editor.alpha.data = mend.editor.alpha.data.to(dtype)
     return mend
 
@@ -220,7 +220,10 @@ def _traces(model: nn.Module) -> dict[str, Any]:
 def logits_of(model: nn.Module, rows: Sequence[Row]) -> Tensor:
     """Plain logits [rows, tokens, vocabulary] of a right-padded batch."""
     batch = Batch.of(rows)
-    return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    # A cache makes some attentions multiply tensors of other strides, which other bits come from.
+    return model(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+    ).logits
 
 
 # ------------------------------------------------------------------- the reference's view of it
@@ -229,7 +232,8 @@ def logits_of(model: nn.Module, rows: Sequence[Row]) -> Tensor:
 def reference_batch(rows: Iterable[Row]) -> dict[str, Tensor]:
     """Rows as the reference takes them: right-padded, labels -100 where nothing is asked."""
     rows = list(rows)
-    batch = Batch.of(rows)
+    # The reference reads whole rows, the engine leaves out an answer's last token.
+    batch = Batch.of([Row(row.ids, answer=False) for row in rows])
     labels = torch.full_like(batch.input_ids, ref.IGNORED)
     for i, row in enumerate(rows):
         if row.answer:

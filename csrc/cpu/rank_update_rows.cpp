@@ -17,12 +17,13 @@ constexpr int LANES = 8;
 #else
 constexpr int LANES = 4;
 #endif
-constexpr int PAIR = 2;    // vectors side by side: 8 chains of multiply-adds hide their latency
+constexpr int PAIR = 2;  // vectors side by side: 8 chains of multiply-adds hide their latency
 typedef float Lanes __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float)), may_alias));
 
 // sum[r][j] = sum_k row[k, rows[r]] * col[k, col0 + j] for j in [j0, j0 + WIDE * LANES)
 template <int WIDE, typename T>
-PYMEND_INLINE void product_lanes(const RankUpdate<T>& m, const int64_t* rows, int64_t col0, int j0, float (*sum)[SPAN]) {
+PYMEND_INLINE void product_lanes(const RankUpdate<T>& m, const int64_t* rows, int64_t col0, int j0,
+                                 float (*sum)[SPAN]) {
   Lanes total[ROWS][WIDE] = {};
   const float* row = m.row;
   const float* col = m.col + col0 + j0;

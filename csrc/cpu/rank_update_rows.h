@@ -9,10 +9,10 @@ namespace pymend {
 template <typename T>
 using UpdateRows = Kept (*)(const RankUpdate<T>& matrix, float step, int64_t begin, int64_t end);
 
-#define PYMEND_DECLARE_LEVEL(level)                                                               \
-  namespace level {                                                                               \
-  Kept update_rows(const RankUpdate<Bf16>& matrix, float step, int64_t begin, int64_t end);       \
-  Kept update_rows(const RankUpdate<Fp16>& matrix, float step, int64_t begin, int64_t end);       \
+#define PYMEND_DECLARE_LEVEL(level)                                                         \
+  namespace level {                                                                         \
+  Kept update_rows(const RankUpdate<Bf16>& matrix, float step, int64_t begin, int64_t end); \
+  Kept update_rows(const RankUpdate<Fp16>& matrix, float step, int64_t begin, int64_t end); \
   }
 PYMEND_DECLARE_LEVEL(base)
 PYMEND_DECLARE_LEVEL(avx2)

@@ -67,7 +67,8 @@ class Fiber {
   }
 
  private:
-  static constexpr size_t STACK_BYTES = 64 * 1024;  // our kernels use a few hundred bytes; sanitizers several times more
+  static constexpr size_t STACK_BYTES =
+      64 * 1024;  // our kernels use a few hundred bytes; sanitizers several times more
 
   static void enter(unsigned high, unsigned low) {
     auto* self = reinterpret_cast<Fiber*>(static_cast<uintptr_t>(high) << 32 | low);

@@ -50,7 +50,8 @@ bool release(int first, int last, Waits reason) {
     const Thread& other = threads[i];
     if (other.waits == reason && other.line == threads[standing].line) continue;
     if (reason == Waits::for_block && other.waits == Waits::for_warp) return false;  // that warp goes first
-    const std::string where = other.waits == Waits::ended ? "has returned" : "waits at line " + std::to_string(other.line);
+    const std::string where =
+        other.waits == Waits::ended ? "has returned" : "waits at line " + std::to_string(other.line);
     throw std::runtime_error("divergent barrier in block " + std::to_string(blockIdx.x) + ": thread " +
                              std::to_string(standing) + " waits at line " + std::to_string(threads[standing].line) +
                              ", thread " + std::to_string(i) + " " + where);

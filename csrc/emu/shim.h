@@ -39,7 +39,8 @@ void sync_warp(int line);
 uint64_t exchange(uint64_t bits, unsigned other_lane, int line);  // my bits against those of a lane of my warp
 void* shared_memory();
 
-// Runs body() once per thread of every block. Throws std::runtime_error where threads of a block part ways at a barrier.
+// Runs body() once per thread of every block. Throws std::runtime_error where threads of a block part ways at a
+// barrier.
 void run(int64_t grid, int block, size_t shared, const Schedule& schedule, const std::function<void()>& body);
 
 template <typename T>

@@ -50,18 +50,14 @@ class RunningMoments(nn.Module):
         Each segment is normalised with the moments that already include it: the order of work of
         the paper's loop over examples and weights.
         """
-        rows = x.to(self.mean.dtype)
-        n = torch.tensor(counts, device=x.device)
-        segment = torch.repeat_interleave(torch.arange(len(counts), device=x.device), n)
-        zeros = rows.new_zeros(len(counts), rows.shape[1])
-        means = zeros.index_add(0, segment, rows) / n.clamp(min=1)[:, None]
-        m2s = zeros.index_add(0, segment, (rows - means[segment]).square())
-        mean, inverse = torch.empty_like(means), torch.empty_like(means)
-        for i, count in enumerate(counts):
-            if count:
-                self._merge(count, means[i], m2s[i])
-            mean[i], inverse[i] = self.mean, self._inverse()
-        return ((rows - mean[segment]) * inverse[segment]).to(x.dtype)
+        out = torch.empty_like(x)
+        for segment, normalised in zip(x.split(counts), out.split(counts), strict=True):
+            if len(segment):
+                rows = segment.to(self.mean.dtype)
+                mean = rows.mean(0)
+                self._merge(len(rows), mean, (rows - mean).square().sum(0))
+                normalised.copy_((rows - self.mean) * self._inverse())
+        return out
 
     def _merge(self, n: int, mean: Tensor, m2: Tensor) -> None:
         """Chan, Golub, LeVeque: moments of the union of two sets from the moments of each."""

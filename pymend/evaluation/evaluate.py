@@ -67,7 +67,7 @@ def evaluate(
             chunk = encoded[i : i + batch_size]
             look = _Look(mend, model, chunk, text)
             edit_seconds += look.edit_seconds
-            scores += look.scores(first=i)
+            scores += look.scores()
             nll += look.nll
             tokens += look.tokens
             bar.update(len(chunk))
@@ -119,7 +119,8 @@ class _Look:
             for name in kinds
         }
         counted = [x for g in self.results["text" if text else "locality"] for x in g]
-        self.nll = torch.tensor([[x.nll_before, x.nll_after] for x in counted]).reshape(-1, 2).sum(0)
+        pairs = [[x.nll_before, x.nll_after] for x in counted]
+        self.nll = torch.tensor(pairs, dtype=torch.float64).reshape(-1, 2).sum(0)
         self.tokens = sum(x.tokens for x in counted)
 
     def _look(self, edit: Edit, groups: Sequence[Sequence[Row]]) -> list[list[_RowLook]]:
@@ -134,11 +135,11 @@ class _Look:
         size = len(groups[0])
         return [looks[i : i + size] for i in range(0, len(looks), size)]
 
-    def scores(self, first: int) -> list[RecordScores]:
-        """Scores of every record; ``first`` is the index of the chunk's first one."""
-        return [self._record(i, first + i) for i in range(len(self.chunk))]
+    def scores(self) -> list[RecordScores]:
+        """Scores of every record."""
+        return [self._record(i) for i in range(len(self.chunk))]
 
-    def _record(self, i: int, index: int) -> RecordScores:
+    def _record(self, i: int) -> RecordScores:
         at = {name: groups[i] for name, groups in self.results.items()}
         (edit,) = at["edit"]
         exact = [x.exact for x in at["rephrases"]]
@@ -148,6 +149,8 @@ class _Look:
         answered = [(row, x) for row, x in pairs if row.answer]
         drawdown = [x.exact_from(row, "before") - x.exact_from(row, "after") for row, x in answered]
         prefers = [float(edit.mean_nll < x.mean_nll) for x in at["old"]]
+        # The draw is the record's own: no order or batch changes it.
+        rng = random.Random(str(self.chunk[i].edit.ids))
         rephrased = [
             float(new.mean_nll < old.mean_nll)
             for new, old in zip(at["rephrases"], at["old_rephrases"])
@@ -156,7 +159,7 @@ class _Look:
             edit_success=edit.exact,
             edit_success_before=edit.exact_before,
             es_paper=sum([edit.exact, *exact]) / (1 + len(exact)),
-            es_outer=random.Random(index).choice(exact) if exact else None,
+            es_outer=rng.choice(exact) if exact else None,
             generality=mean(exact),
             locality=mean(same),
             portability=mean([x.exact for x in at["portability"]]),
@@ -217,5 +220,5 @@ def _pad(groups: Sequence[Sequence[Row]]) -> list[list[Row]]:
     """Equal groups: shorter ones get rows without label positions."""
     size = max(len(g) for g in groups)
     some = next(row for g in groups for row in g)
-    filler = Row(some.ids[:1], 0)
+    filler = Row(some.ids[:1], 1, answer=False)
     return [[*g, *[filler] * (size - len(g))] for g in groups]

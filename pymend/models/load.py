@@ -41,11 +41,12 @@ def load_model(
             f"model folder {name} does not exist; name a folder, a hub model, or smollm2"
         )
     # Asking the hub about a local folder would only cost time, or fail without a network.
-    where = {"pretrained_model_name_or_path": source, "local_files_only": local.exists()}
+    offline = local.exists()
+    precision = dtype if dtype == "auto" else getattr(torch, dtype)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(**where)
-        model = AutoModelForCausalLM.from_pretrained(
-            **where, dtype=dtype if dtype == "auto" else getattr(torch, dtype)
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=offline)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            source, local_files_only=offline, dtype=precision
         )
     except (OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

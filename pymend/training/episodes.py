@@ -72,12 +72,15 @@ class Sampler:
 
 @dataclass(frozen=True)
 class EpisodeScores:
-    """Per episode [episodes]: losses that gradients flow through, and teacher-forced scores."""
+    """Per episode [episodes]: losses that gradients flow through, and teacher-forced scores.
+
+    A score is None for a kind of row that was not looked at.
+    """
 
     nll: Tensor
     kl: Tensor
-    edit_success: Tensor
-    generality: Tensor
+    edit_success: Tensor | None
+    generality: Tensor | None
     locality: Tensor
 
 
@@ -88,7 +91,8 @@ def run_episodes(
 
     Args:
         outer: the edit loss is taken on the "rephrase", the "prompt", or the mean over "both".
-        merge: take the captured rows into the running moments (training).
+        merge: training: take the captured rows into the running moments, and look only at the kinds
+            of rows that the loss needs.
     """
     n = len(episodes)
     replay.load([row for e in episodes for row in e.rows()])
@@ -103,15 +107,20 @@ def run_episodes(
     edit.check(replay.model)
     # One pass for each kind of row: their lengths differ, and padding would cost more.
     with edit.applied(replay.model):
-        nll, hits = zip(*(_outer(replay, batch, n) for batch in (edits, rephrases)))
+        looks = {
+            kind: _outer(replay, batch, n)
+            for kind, batch in (("prompt", edits), ("rephrase", rephrases))
+            if outer in (kind, "both") or not merge
+        }
         edited = replay.logits(locality)
-    used = {"prompt": nll[:1], "rephrase": nll[1:], "both": nll}[outer]
+    nll = [look[0] for kind, look in looks.items() if outer in (kind, "both")]
+    hits = {kind: look[1] for kind, look in looks.items()}
     same = (base.argmax(-1) == edited.argmax(-1)).double()
     return EpisodeScores(
-        nll=torch.stack(used).mean(0),
+        nll=torch.stack(nll).mean(0),
         kl=kl_rows(base, edited, locality.row, n),
-        edit_success=hits[0],
-        generality=hits[1],
+        edit_success=hits.get("prompt"),
+        generality=hits.get("rephrase"),
         locality=mean_per_row(same, locality.row, n),
     )
 

@@ -44,8 +44,12 @@ class EditorOptimizer:
             for group, rate in zip(self.adam.param_groups, self.rates):
                 group["lr"] = rate * learning_rate_factor(self.config, step)
             self.adam.step()
-        self.adam.zero_grad(set_to_none=True)
+        self.discard()
         return norm
+
+    def discard(self) -> None:
+        """Forget the gradients gathered so far."""
+        self.adam.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, torch.Tensor]:
         """Adam's moments as flat tensors, for safetensors."""

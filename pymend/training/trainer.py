@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from pymend.capture import NonFiniteError
 from pymend.config import EditRequest, TrainConfig, to_json
 from pymend.files import read_json, read_tensors, replacing, writable_dir, write_json, write_tensors
 from pymend.mend import Mend, load_state
@@ -94,9 +95,10 @@ class Trainer:
         if config.prefix_cache == "memory":
             with frozen(model):
                 rows = [r for t in train for r in (t.edit, *t.rephrases, *t.locality)]
+                rows += self.sampler.pool
                 # One fixed order, so that a resumed run keeps the same bits.
-                for i in tqdm(range(0, len(rows), 256), "prefix", disable=not progress):
-                    self.replay.load(rows[i : i + 256])
+                for i in tqdm(range(0, len(rows), 2048), "prefix", disable=not progress):
+                    self.replay.load(rows[i : i + 2048])
 
     # -- the loop ----------------------------------------------------------------------------
 
@@ -109,14 +111,12 @@ class Trainer:
         with frozen(self.model), self._finish_step_on_interrupt(), bar:
             while self.step < config.steps and not self._out_of_patience() and not self._stop:
                 begin = time.perf_counter()
-                parts = self._accumulate(self.sampler.step(self.step))
-                norm = self.optimizer.step(self.step)
+                scores, norm = self._update()
                 self.step += 1
-                if not math.isfinite(norm):
+                if norm is None:
                     self.skipped += 1
-                scores = {name: sum(p[name] for p in parts) / len(parts) for name in parts[0]}
                 line = {"step": self.step, **scores, "grad_norm": norm, "skipped": self.skipped}
-                line["alpha"] = float(self.mend.editor.alpha.mean())
+                line["alpha"] = float(self.mend.editor.alpha.detach().mean())
                 self._log(line, seconds=time.perf_counter() - begin)
                 bar.update()
                 bar.set_postfix({k: f"{v:.3f}" for k, v in scores.items() if k != "loss"})
@@ -131,9 +131,21 @@ class Trainer:
             raise KeyboardInterrupt(
                 f"stopped after step {self.step}; run again with resume to continue"
             )
-        if not self.eval_episodes:
+        if not self.best_step:  # no validation, or none with a finite loss
             self.mend.save_pretrained(self.output)
         return Mend.from_pretrained(self.output, self.mend.editor.alpha.device)
+
+    def _update(self) -> tuple[dict[str, float], float | None]:
+        """One optimiser step: its scores and gradient norm, or neither if it had to be skipped."""
+        try:
+            parts = self._accumulate(self.sampler.step(self.step))
+        except NonFiniteError:
+            self.optimizer.discard()
+            return {}, None
+        norm = self.optimizer.step(self.step)
+        if not math.isfinite(norm):
+            return {}, None
+        return {name: sum(p[name] for p in parts) / len(parts) for name in parts[0]}, norm
 
     def _accumulate(self, episodes: Sequence[Any]) -> list[dict[str, float]]:
         """Gradients of the mean loss over ``episodes``, in ``config.accumulate`` passes."""
@@ -153,14 +165,26 @@ class Trainer:
         return (self.config.c_edit * scores.nll + self.config.c_loc * scores.kl).mean()
 
     def _means(self, scores: EpisodeScores) -> dict[str, float]:
-        means = {f.name: float(getattr(scores, f.name).detach().mean()) for f in fields(scores)}
+        values = {f.name: getattr(scores, f.name) for f in fields(scores)}
+        means = {k: float(v.detach().mean()) for k, v in values.items() if v is not None}
         return {"loss": float(self._loss(scores).detach()), **means}
 
     # -- validation --------------------------------------------------------------------------
 
-    @torch.no_grad()
     def _validate(self) -> None:
         """Score the held-out episodes and keep the editor if its loss is the best so far."""
+        try:
+            self.last_eval = self._evaluate()
+        except NonFiniteError:
+            self.last_eval = {}
+        if self.last_eval.get("loss", math.inf) < self.best_loss:
+            self.best_loss, self.best_step = self.last_eval["loss"], self.step
+            self.mend.save_pretrained(self.output)
+        self._log({"step": self.step, "eval": self.last_eval, "best_step": self.best_step})
+
+    @torch.no_grad()
+    def _evaluate(self) -> dict[str, float]:
+        """Means over the held-out episodes."""
         size = max(1, self.config.batch_size // self.config.accumulate)
         parts = []
         for i in range(0, len(self.eval_episodes), size):
@@ -170,14 +194,10 @@ class Trainer:
             )
             parts += [{k: v * len(chunk) for k, v in self._means(scores).items()}]
         count = len(self.eval_episodes)
-        self.last_eval = {k: sum(p[k] for p in parts) / count for k in parts[0]}
-        if self.last_eval["loss"] < self.best_loss:
-            self.best_loss, self.best_step = self.last_eval["loss"], self.step
-            self.mend.save_pretrained(self.output)
-        self._log({"step": self.step, "eval": self.last_eval, "best_step": self.best_step})
+        return {k: sum(p[k] for p in parts) / count for k in parts[0]}
 
     def _summary(self) -> str:
-        scores = "  ".join(f"{k} {v:.3f}" for k, v in self.last_eval.items())
+        scores = "  ".join(f"{k} {v:.3f}" for k, v in self.last_eval.items()) or "not finite"
         return f"step {self.step}: {scores}{'  (best)' if self.best_step == self.step else ''}"
 
     def _out_of_patience(self) -> bool:
@@ -237,7 +257,7 @@ class Trainer:
         path = self.output / "metrics.jsonl"
         lines = path.read_text().splitlines() if self.step and path.is_file() else []
         with replacing(path) as temporary:
-            kept = [line for line in lines if json.loads(line)["step"] <= self.step]
+            kept = [line for line in lines if _step_of(line) <= self.step]
             temporary.write_text("".join(f"{line}\n" for line in kept))
 
     def _log(self, values: dict[str, Any], **extra: Any) -> None:
@@ -260,3 +280,11 @@ class Trainer:
             yield
         finally:
             signal.signal(signal.SIGINT, former)
+
+
+def _step_of(line: str) -> float:
+    """The step that a line of ``metrics.jsonl`` is about; infinity for a torn one."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf

@@ -1,0 +1,370 @@
+"""What cannot be done is refused before anything changed; the message names culprit and remedy."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny import (
+    CONTEXT,
+    WORDS,
+    build,
+    facts,
+    gpt2,
+    llama,
+    seasoned_mend,
+    tiny_mend,
+    tokenizer,
+    traceless,
+)
+
+from pymend import Edit, EditRequest, MendConfig, Probe, TrainConfig, Trainer, evaluate
+from pymend.mend import Mend
+from pymend.models import find_weights
+
+FC = "transformer.h.3.mlp.c_fc.weight"
+
+
+@pytest.fixture
+def model() -> Any:
+    return gpt2()
+
+
+@pytest.fixture
+def mend(model: Any) -> Mend:
+    return seasoned_mend(model)
+
+
+def edit_of(mend: Mend, model: Any) -> Edit:
+    return mend.edit(model, tokenizer(), facts(1)[0])
+
+
+# -------------------------------------------------------------------------------------- weights
+
+
+def test_unknown_weight_name(model: Any) -> None:
+    with pytest.raises(ValueError, match=r"no parameter is called 'h\.9\.weight'; names look like"):
+        find_weights(model, [FC, "h.9.weight"])
+
+
+@pytest.mark.parametrize("name", ["transformer.wte.weight", "transformer.h.3.mlp.c_fc.bias"])
+def test_a_name_that_is_no_matrix_of_a_linear_layer(model: Any, name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} is not the matrix of a linear layer; leave it"):
+        Mend.from_config(model, MendConfig(edit=(name,)))
+
+
+def test_a_model_without_blocks() -> None:
+    with pytest.raises(
+        ValueError, match=r"Linear has no list of blocks .* name the weights to edit"
+    ):
+        find_weights(torch.nn.Linear(3, 4))
+
+
+# --------------------------------------------------------------------------------------- requests
+
+LONG = " ".join(WORDS[:CONTEXT])
+REQUESTS = [
+    (EditRequest(WORDS[0], ""), "target '' of prompt 'ba' has no tokens; give a word"),
+    (EditRequest("", WORDS[0]), "the prompt is empty; give at least one word"),
+    (EditRequest(LONG, WORDS[0]), f"33 tokens, the model's context is {CONTEXT}; shorten 'ba be"),
+]
+
+
+@pytest.mark.parametrize(("request_", "message"), REQUESTS, ids=["target", "prompt", "context"])
+@pytest.mark.parametrize("where", ["edit", "edit_many", "evaluate", "train"])
+def test_a_request_that_cannot_be_used(
+    where: str, request_: EditRequest, message: str, model: Any, mend: Mend, tmp_path: Path
+) -> None:
+    text, data = tokenizer(), [*facts(3), request_]
+    folder = tmp_path / "out"
+    calls = {
+        "edit": lambda: mend.edit(model, text, request_),
+        "edit_many": lambda: mend.edit_many(model, text, data),
+        "evaluate": lambda: evaluate(mend, model, text, data, progress=False),
+        "train": lambda: Trainer(mend, model, text, data, [], TrainConfig(batch_size=1), folder),
+    }
+    with traceless(model), pytest.raises(ValueError) as error:
+        calls[where]()
+    assert message in str(error.value)
+    if where in ("evaluate", "train"):
+        assert str(error.value).startswith("record 3: ")
+    assert not folder.exists()
+
+
+def test_a_locality_prompt_beyond_the_context(model: Any, mend: Mend) -> None:
+    data = [EditRequest(WORDS[0], WORDS[1], locality=(Probe(LONG, WORDS[2]),))]
+    with pytest.raises(ValueError, match=r"record 0: .*33 tokens"):
+        evaluate(mend, model, tokenizer(), data, progress=False)
+
+
+def test_no_data(model: Any, mend: Mend, tmp_path: Path) -> None:
+    text = tokenizer()
+    for call in (mend.edit, mend.edit_many):
+        with pytest.raises(ValueError, match="no request to edit; give at least one"):
+            call(model, text, [])
+    with pytest.raises(ValueError, match="no records to evaluate; give at least one"):
+        evaluate(mend, model, text, [], progress=False)
+    folder = tmp_path / "out"
+    for data in ([], facts(3)):
+        with pytest.raises(
+            ValueError, match=rf"one step needs 4 records, the data set has {len(data)}; give more"
+        ):
+            Trainer(mend, model, text, data, [], TrainConfig(batch_size=4), folder)
+    assert not folder.exists()
+
+
+def test_an_editor_that_saw_no_training_example(model: Any) -> None:
+    with traceless(model), pytest.raises(RuntimeError, match="no training example; train it"):
+        edit_of(tiny_mend(model), model)
+
+
+# ------------------------------------------------------------------------- editors and edits
+
+
+@pytest.mark.parametrize("use", ["edit", "evaluate", "train"])
+def test_an_editor_for_another_architecture(use: str, mend: Mend, tmp_path: Path) -> None:
+    other, text, data = llama(), tokenizer(), facts(4)
+    calls = {
+        "edit": lambda: mend.edit(other, text, data[0]),
+        "evaluate": lambda: evaluate(mend, other, text, data, progress=False),
+        "train": lambda: Trainer(
+            mend, other, text, data, [], TrainConfig(batch_size=2), tmp_path / "out"
+        ),
+    }
+    with traceless(other), pytest.raises(ValueError) as error:
+        calls[use]()
+    assert "LlamaForCausalLM has no linear layer transformer.h.1.mlp.c_fc" in str(error.value)
+    assert "made for another model" in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_editor_for_other_shapes(mend: Mend) -> None:
+    other = build("gpt2", n_embd=24, n_inner=38, n_head=2, n_layer=4, n_positions=CONTEXT)
+    message = (
+        r"transformer\.h\.1\.mlp\.c_fc\.weight is \(24, 38\) in this model, expected \(22, 38\)"
+    )
+    with traceless(other), pytest.raises(ValueError, match=message):
+        edit_of(mend, other)
+
+
+def test_an_editor_trained_on_other_values_warns(model: Any, mend: Mend) -> None:
+    with pytest.warns(UserWarning, match="trained on another model.* train it on this model"):
+        edit_of(mend, gpt2(seed=1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        edit = edit_of(mend, model)
+        edit.merge_(model)  # an edited model is still the same model
+        edit_of(mend, model)
+        edit_of(mend, gpt2(dtype=torch.bfloat16))
+
+
+def test_an_edit_made_on_another_model(model: Any, mend: Mend) -> None:
+    edit = edit_of(mend, model)
+    for other, message in (
+        (gpt2(seed=1), "made for another model: the edited weights differ; load the model it was"),
+        (llama(), "has no linear layer transformer.h.1.mlp.c_fc; this editor or edit was made"),
+    ):
+        with traceless(other):
+            for use in (edit.merge_, lambda m: edit.applied(m).__enter__()):
+                with pytest.raises(ValueError) as error:
+                    use(other)
+                assert message in str(error.value)
+
+
+def test_merging_out_of_order(model: Any, mend: Mend) -> None:
+    first, second = (mend.edit(model, tokenizer(), r) for r in facts(2))
+    first.merge_(model)
+    second.merge_(model)
+    with traceless(model), pytest.raises(RuntimeError) as error:
+        first.unmerge_(model)
+    assert "1 later edit(s) are merged on top of this one; unmerge the last one" in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------- files
+
+
+def damage_truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-7])
+
+
+def damage_empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def damage_foreign(file: Path) -> None:
+    rewrite(file, lambda t: t | {"odd.u": torch.zeros(2)})
+
+
+def damage_missing(file: Path) -> None:
+    rewrite(file, lambda t: dict(list(t.items())[1:]))
+
+
+def damage_shape(file: Path) -> None:
+    rewrite(file, lambda t: {k: v[..., :-1] if k.endswith("bias") else v for k, v in t.items()})
+
+
+def rewrite(file: Path, change: Any) -> None:
+    with safe_open(file, "pt") as f:
+        metadata = f.metadata()
+    tensors = {k: v.contiguous() for k, v in change(load_file(file)).items()}
+    save_file(tensors, file, metadata=metadata)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damage_truncate, "may be truncated"),
+        (damage_empty, "may be truncated"),
+        (damage_foreign, "odd.u"),
+        (damage_missing, "lacks|missing"),
+        (Path.unlink, "does not exist"),
+    ],
+    ids=lambda d: getattr(d, "__name__", ""),
+)
+@pytest.mark.parametrize("kind", ["editor", "edit", "checkpoint"])
+def test_a_damaged_tensor_file(
+    kind: str, damage: Any, message: str, model: Any, mend: Mend, tmp_path: Path
+) -> None:
+    data, config = facts(4), TrainConfig(steps=1, batch_size=2)
+    args = (model, tokenizer(), data, [], config, tmp_path)
+
+    def train(resume: bool) -> None:
+        Trainer(tiny_mend(model), *args, resume=resume, progress=False).train()
+
+    if kind == "editor":
+        mend.save_pretrained(tmp_path)
+        file, load = tmp_path / "editor.safetensors", lambda: Mend.from_pretrained(tmp_path)
+    elif kind == "edit":
+        edit_of(mend, model).save_pretrained(tmp_path)
+        file, load = tmp_path / "edit.safetensors", lambda: Edit.from_pretrained(tmp_path)
+    else:
+        train(resume=False)
+        file = tmp_path / "checkpoints/step-00000001/editor.safetensors"
+        load = lambda: train(resume=True)  # noqa: E731
+    damage(file)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+        load()
+    assert file.name in str(error.value)
+
+
+def test_tensors_of_other_shapes(mend: Mend, tmp_path: Path) -> None:
+    mend.save_pretrained(tmp_path)
+    damage_shape(tmp_path / "editor.safetensors")
+    with pytest.raises(ValueError, match=r"bias is \(59,\), expected \(60,\)"):
+        Mend.from_pretrained(tmp_path)
+
+
+def test_a_tensor_file_beside_a_foreign_json(model: Any, mend: Mend, tmp_path: Path) -> None:
+    mend.save_pretrained(tmp_path / "a")
+    seasoned_mend(model, norm=False).save_pretrained(tmp_path / "b")
+    (tmp_path / "b/editor.json").replace(tmp_path / "a/editor.json")
+    with pytest.raises(ValueError, match="does not belong to the JSON file beside it; copy both"):
+        Mend.from_pretrained(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.update(format_version=99), "format_version 99; this pymend reads 1"),
+        (lambda d: d.pop("config"), "does not belong|is no editor"),
+        (lambda d: d["config"].update(rnak=3), "does not belong|unknown setting 'rnak'"),
+    ],
+    ids=["version", "missing", "unknown"],
+)
+def test_a_foreign_json(change: Any, message: str, mend: Mend, tmp_path: Path) -> None:
+    mend.save_pretrained(tmp_path)
+    file = tmp_path / "editor.json"
+    values = json.loads(file.read_text())
+    change(values)
+    file.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=message):
+        Mend.from_pretrained(tmp_path)
+
+
+def test_a_json_that_is_cut_off(mend: Mend, tmp_path: Path) -> None:
+    mend.save_pretrained(tmp_path)
+    file = tmp_path / "editor.json"
+    file.write_text(file.read_text()[:-20])
+    with pytest.raises(ValueError, match=r"editor\.json is not valid JSON .* may be truncated"):
+        Mend.from_pretrained(tmp_path)
+
+
+def test_no_such_folder(tmp_path: Path) -> None:
+    for cls, name in ((Mend, "editor.json"), (Edit, "edit.json")):
+        with pytest.raises(FileNotFoundError, match=rf"nowhere/{name} does not exist"):
+            cls.from_pretrained(tmp_path / "nowhere")
+
+
+def test_an_output_folder_that_cannot_be_written(model: Any, mend: Mend, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    folder = tmp_path / "file" / "out"  # permission bits would not stop a superuser
+    edit = edit_of(mend, model)
+    state = {k: v.clone() for k, v in mend.editor.state_dict().items()}
+    calls = [
+        lambda: mend.save_pretrained(folder),
+        lambda: edit.save_pretrained(folder),
+        lambda: Trainer(mend, model, tokenizer(), facts(4), [], TrainConfig(batch_size=2), folder),
+    ]
+    for call in calls:
+        with traceless(model), pytest.raises(PermissionError) as error:
+            call()
+        assert f"cannot write to {folder}" in str(error.value)
+        assert "choose another output folder" in str(error.value)
+    assert (tmp_path / "file").read_text() == "in the way"
+    assert all(torch.equal(v, state[k]) for k, v in mend.editor.state_dict().items())
+
+
+# ------------------------------------------------------------------------------- not finite
+
+
+def test_an_edit_of_a_model_that_is_not_finite(model: Any, mend: Mend) -> None:
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_fc.weight[0, 0] = float("nan")
+    with traceless(model), pytest.raises(ValueError, match=r"gradients of .* are not finite"):
+        edit_of(mend, model)
+
+
+def test_an_editor_that_is_not_finite(model: Any, mend: Mend) -> None:
+    with torch.no_grad():
+        mend.editor.nets["38x22"].joint[1].bias[0] = float("inf")
+    message = r"factors of transformer\.h\.1\.mlp\.c_proj\.weight are not finite"
+    with traceless(model), pytest.raises(ValueError, match=message):
+        edit_of(mend, model)
+
+
+# -------------------------------------------------------------------------------------- settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rank": 0}, "rank is 0; it must be at least 1"),
+        ({"n_edits": 0}, "n_edits is 0; it must be at least 1"),
+        ({"x_only": True}, "x_only needs combine=False"),
+        ({"combine": False, "x_only": True, "delta_only": True}, "exclude each other; choose one"),
+    ],
+    ids=str,
+)
+def test_editor_settings(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MendConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 0}, "steps is 0; it must be at least 1"),
+        ({"batch_size": 10, "accumulate": 3}, "does not split into 3 equal passes; choose"),
+        ({"lr": -1.0}, "lr is -1.0; it must not be negative"),
+    ],
+    ids=str,
+)
+def test_training_settings(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**settings)

@@ -1,0 +1,200 @@
+"""Metrics against a slow loop that merges every edit, and their independence of order and batch."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+from tiny import FAMILY, WORDS, facts, gpt2, logits_of, seasoned_mend, tokenizer
+
+from pymend import EditRequest, Metrics, Probe, evaluate
+from pymend.evaluation.metrics import interval, mean
+from pymend.tokens import IGNORE, Encoder, Row
+
+ALPHA = {"gpt2": 0.003, "llama": 0.02}  # some edits take and some do not
+KEYS = {
+    "edit_success",
+    "generality",
+    "locality",
+    "accuracy_drawdown",
+    "perplexity_drawdown",
+    "n",
+    "protocol",
+    "seconds",
+    "edits_per_second",
+    "peak_memory_bytes",
+    "protocols",
+    "es_paper",
+    "es_outer",
+}
+
+
+def records() -> list[EditRequest]:
+    """Facts with all, some and none of the optional parts."""
+    full = facts(7)
+    bare = EditRequest(f"{WORDS[3]} {WORDS[4]}", WORDS[5])
+    half = EditRequest(
+        f"{WORDS[6]} {WORDS[4]}",
+        f"{WORDS[7]} {WORDS[8]}",
+        rephrases=(f"{WORDS[9]} {WORDS[4]}",),
+        locality=(Probe(f"{WORDS[1]} {WORDS[2]}"),),
+        portability=(Probe(f"{WORDS[4]} {WORDS[1]}", WORDS[2]),),
+    )
+    return [*full, bare, half]
+
+
+def run(model: Any, data: list[EditRequest], batch_size: int = 4, **kw: Any) -> Metrics:
+    mend = seasoned_mend(model, alpha=kw.pop("alpha", ALPHA[model.config.model_type]))
+    return evaluate(mend, model, tokenizer(), data, batch_size, progress=False, **kw)
+
+
+def look(model: Any, row: Row) -> tuple[list[int], float, int]:
+    """Argmax at the looked-at positions, summed NLL of their targets, number of targets."""
+    logits = logits_of(model, [row])[0].double()
+    positions, targets = list(row.positions()), row.targets()
+    log_p = logits.log_softmax(-1)
+    nll = [-log_p[t, y].item() for t, y in zip(positions, targets, strict=True) if y != IGNORE]
+    return [int(logits[t].argmax()) for t in positions], sum(nll), len(nll)
+
+
+def slow_loop(model: Any, data: list[EditRequest], text: str | None = None) -> dict[str, Any]:
+    """Edit each record alone by merging, and look with plain forward passes."""
+    mend = seasoned_mend(model, alpha=ALPHA[model.config.model_type])
+    encoder = Encoder(tokenizer())
+    columns: dict[str, list[float | None]] = {}
+    nll, tokens = [0.0, 0.0], 0
+    for request in data:
+        encoded = encoder.request(request)
+        edit = mend.edit(model, tokenizer(), request)
+        whole = [Row(x.ids, 0, x.answer) for x in encoded.locality]
+        counted = whole if text is None else [encoder.row(text)]
+
+        def exact(row: Row) -> float:
+            return float(look(model, row)[0] == row.targets())
+
+        def hits(row: Row) -> float:
+            best = look(model, row)[0]
+            return sum(a == b for a, b in zip(best, row.targets(), strict=True)) / len(best)
+
+        def mean_nll(row: Row) -> float:
+            _, total, count = look(model, row)
+            return total / count
+
+        answered = [x for x in encoded.locality if x.answer]
+        base_best = [look(model, x)[0] for x in encoded.locality]
+        base_exact = [exact(x) for x in answered]
+        before = exact(encoded.edit)
+        nll[0] += sum(look(model, x)[1] for x in counted)
+        edit.merge_(model)
+        nll[1] += sum(look(model, x)[1] for x in counted)
+        tokens += sum(look(model, x)[2] for x in counted)
+        after_best = [look(model, x)[0] for x in encoded.locality]
+        rephrased = [exact(x) for x in encoded.rephrases]
+        success = exact(encoded.edit)
+        values = {
+            "edit_success": success,
+            "edit_success_before": before,
+            "generality": mean(rephrased),
+            "es_paper": mean([success, *rephrased]),
+            "locality": mean(
+                [
+                    sum(a == b for a, b in zip(x, y, strict=True)) / len(x)
+                    for x, y in zip(base_best, after_best, strict=False)
+                ]
+            ),
+            "portability": mean([exact(x) for x in encoded.portability]),
+            "accuracy_drawdown": mean(
+                [b - exact(x) for b, x in zip(base_exact, answered, strict=True)]
+            ),
+            "token_edit_success": hits(encoded.edit),
+            "token_generality": mean([hits(x) for x in encoded.rephrases]),
+            "prefers_new": float(mean_nll(encoded.edit) < mean_nll(encoded.old))
+            if encoded.old
+            else None,
+            "prefers_new_rephrased": mean(
+                [
+                    float(mean_nll(new) < mean_nll(old))
+                    for new, old in zip(encoded.rephrases, encoded.old_rephrases, strict=False)
+                ]
+            ),
+        }
+        edit.unmerge_(model)
+        for name, value in values.items():
+            columns.setdefault(name, []).append(value)
+    columns["perplexity"] = [math.exp(x / tokens) for x in nll]
+    return columns
+
+
+@pytest.mark.parametrize("text", [None, " ".join(WORDS[5:20])], ids=["locality", "text"])
+@pytest.mark.parametrize("family", FAMILY)
+def test_metrics_equal_a_loop_over_merged_models(family: str, text: str | None) -> None:
+    model = FAMILY[family](dtype=torch.float64)
+    data = records()
+    expected = slow_loop(model, data, text)
+    metrics = run(model, data, ppl_text=text)
+    before, after = expected.pop("perplexity")
+    assert metrics.perplexity_before == pytest.approx(before, rel=1e-6)
+    assert metrics.perplexity_after == pytest.approx(after, rel=1e-6)
+    for name, values in expected.items():
+        assert [getattr(r, name) for r in metrics.records] == pytest.approx(values), name
+    assert metrics.to_dict()["perplexity_drawdown"] == pytest.approx(after - before, rel=1e-5)
+    # The case says something: not all is right, not all is wrong, and records differ.
+    for name in ("edit_success", "token_generality", "locality", "prefers_new_rephrased"):
+        assert len({v for v in expected[name] if v is not None}) > 1, name
+
+
+def test_order_and_batch_size_do_not_matter() -> None:
+    model = gpt2(dtype=torch.float64)
+    data = records()
+    first = run(model, data, batch_size=4)
+    for batch_size in (1, 3, 100):
+        other = run(model, data, batch_size=batch_size)
+        assert other.records == first.records
+        assert other.perplexity_after == pytest.approx(first.perplexity_after, rel=1e-9)
+    back = run(model, data[::-1], batch_size=2)
+    assert back.records[::-1] == first.records
+    assert back.perplexity_after == pytest.approx(first.perplexity_after, rel=1e-9)
+
+
+def test_what_the_json_holds() -> None:
+    result = run(gpt2(), records()).to_dict()
+    assert result.keys() >= KEYS
+    assert result["n"] == 9 == len(result["records"])
+    assert set(result["protocols"]) == {"token_accuracy", "prefers_new"}
+    assert "exact match" in result["protocol"]
+    assert result["edits_per_second"] > 0 and result["peak_memory_bytes"] > 0
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+    for name in ("edit_success", "generality", "locality"):
+        low, high = result["intervals_95"][name]
+        assert 0 <= low <= result[name] <= high <= 1
+
+
+def test_what_does_not_apply_is_null() -> None:
+    result = run(gpt2(), [EditRequest(f"{WORDS[0]} {WORDS[1]}", WORDS[2])]).to_dict()
+    for name in ("generality", "locality", "accuracy_drawdown", "perplexity_drawdown", "es_outer"):
+        assert result[name] is None, name
+    assert result["protocols"]["prefers_new"] == {
+        "protocol": result["protocols"]["prefers_new"]["protocol"],
+        "edit_success": None,
+        "generality": None,
+    }
+    assert result["es_paper"] == result["edit_success"]
+
+
+def test_an_edit_that_does_nothing_scores_as_the_model_does() -> None:
+    metrics = run(gpt2(dtype=torch.float64), records(), alpha=0.0)
+    assert metrics.value("locality") == 1
+    assert metrics.value("accuracy_drawdown") == 0
+    assert metrics.value("edit_success") == metrics.value("edit_success_before")
+    assert metrics.perplexity_after == pytest.approx(metrics.perplexity_before, rel=1e-12)
+
+
+def test_means_and_intervals() -> None:
+    assert mean([1.0, None, 0.0]) == 0.5 and mean([None]) is None and mean([]) is None
+    assert interval([None]) is None and interval([0.25]) == [0.25, 0.25]
+    low, high = interval([0.0, 1.0] * 50)
+    assert 0.38 < low < 0.43 and 0.57 < high < 0.62
+    assert interval([0.0, 1.0, 1.0]) == interval([0.0, 1.0, 1.0])

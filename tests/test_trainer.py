@@ -1,0 +1,405 @@
+"""The outer loop: it learns, it stops and resumes without a difference, it survives bad steps."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import WORDS, assert_close, facts, gpt2, random_episodes, tiny_mend, tokenizer
+
+from pymend import Trainer, evaluate
+from pymend.config import EditRequest, TrainConfig
+from pymend.mend import Mend
+from pymend.models import frozen
+from pymend.tokens import Encoder
+from pymend.training.episodes import Sampler
+from pymend.training.optim import EditorOptimizer, learning_rate_factor
+
+SMALL = TrainConfig(
+    steps=6, batch_size=4, lr=1e-3, eval_every=2, save_every=2, eval_records=4, seed=3
+)
+
+
+def trainer(folder: Path, config: TrainConfig = SMALL, **kw: Any) -> Trainer:
+    """A trainer on a fresh tiny model and editor; the same every time."""
+    model = kw.pop("model", None) or gpt2()
+    data = kw.pop("data", None) or facts(16)
+    held_out = kw.pop("held_out", facts(6, seed=9))
+    mend = kw.pop("mend", None) or tiny_mend(model)
+    args = (mend, model, tokenizer(), data, held_out, config, folder)
+    return Trainer(*args, progress=False, **kw)
+
+
+def log_of(folder: Path) -> list[dict[str, Any]]:
+    """``metrics.jsonl`` without what depends on the clock."""
+    lines = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in x.items() if k != "seconds"} for x in lines]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Two output folders hold the same editor, log, and optimiser state, bit for bit."""
+    assert log_of(a) == log_of(b)
+    steps = [sorted(p.name for p in (f / "checkpoints").iterdir()) for f in (a, b)]
+    assert steps[0] == steps[1] and len(steps[0]) == 1
+    last = f"checkpoints/{steps[0][0]}"
+    for file in (
+        "editor.safetensors",
+        *(f"{last}/{n}.safetensors" for n in ("editor", "optimizer")),
+    ):
+        assert (a / file).read_bytes() == (b / file).read_bytes(), file
+
+
+# ------------------------------------------------------------------------------------- resuming
+
+SCRIPT = """
+import sys, time
+from pathlib import Path
+from pymend import Trainer
+from test_trainer import LONG, trainer
+
+inner = Trainer._update  # slowed down, so that the signal arrives in the middle
+Trainer._update = lambda self: (time.sleep(0.05), inner(self))[1]
+trainer(Path(sys.argv[1]), LONG).train()
+"""
+LONG = replace(SMALL, steps=20, save_every=4)
+
+
+def killed(folder: Path) -> None:
+    """Train in a process of its own and kill it after the first checkpoint."""
+    here = Path(__file__).parent
+    path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(folder)],
+        env={**os.environ, "PYTHONPATH": path},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not list((folder / "checkpoints").glob("step-*[0-9]")):
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < deadline, "no checkpoint"
+            time.sleep(0.02)
+    finally:
+        process.kill()
+        process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+
+def checkpoint_step(folder: Path) -> int:
+    return max(int(p.name.split("-")[1]) for p in (folder / "checkpoints").glob("step-*[0-9]"))
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of LONG that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    trainer(folder, LONG).train()
+    assert len(log_of(folder)) == 30  # 20 steps and 10 validations
+    return folder
+
+
+def test_a_killed_run_resumes_to_the_same_bits(whole_run: Path, tmp_path: Path) -> None:
+    killed(tmp_path)
+    assert 4 <= checkpoint_step(tmp_path) < 20
+    # The rest of a line that the kill tore, and a checkpoint that was being written.
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3')
+    torn = tmp_path / "checkpoints" / "step-00000019.tmp"
+    torn.mkdir()
+    (torn / "editor.safetensors").write_bytes(b"half")
+    trainer(tmp_path, LONG, resume=True).train()
+    assert_same_run(tmp_path, whole_run)
+
+
+def test_ctrl_c_saves_and_the_run_resumes_to_the_same_bits(whole_run: Path, tmp_path: Path) -> None:
+    run = trainer(tmp_path, LONG)
+    inner = run._update
+
+    def update() -> Any:
+        if run.step == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+        return inner()
+
+    run._update = update  # type: ignore[method-assign]
+    former = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt, match="stopped after step 7; run again with resume"):
+        run.train()
+    assert signal.getsignal(signal.SIGINT) is former
+    assert checkpoint_step(tmp_path) == 7, "the running step was finished and saved"
+    assert max(x["step"] for x in log_of(tmp_path)) == 7
+    trainer(tmp_path, LONG, resume=True).train()
+    assert_same_run(tmp_path, whole_run)
+
+
+class Stop(Exception):
+    """Ends a run in the middle."""
+
+
+def stop_at(run: Trainer, step: int) -> None:
+    """Train until ``step`` steps are done, then fall over."""
+    inner = run._update
+
+    def update() -> Any:
+        if run.step == step:
+            raise Stop
+        return inner()
+
+    run._update = update  # type: ignore[method-assign]
+    with pytest.raises(Stop):
+        run.train()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"prefix_cache": "memory"},
+        {"accumulate": 2},
+        {"schedule": "cosine", "warmup": 2},
+    ],
+    ids=str,
+)
+def test_resuming_is_exact(change: dict[str, Any], tmp_path: Path) -> None:
+    config = replace(SMALL, **change)
+    # No locality prompts: they are borrowed from the edit prompts.
+    data = facts(16, locality=False) if "prefix_cache" in change else facts(16)
+    trainer(tmp_path / "a", config, data=data).train()
+    stop_at(trainer(tmp_path / "b", config, data=data), 5)
+    assert checkpoint_step(tmp_path / "b") == 4
+    trainer(tmp_path / "b", config, data=data, resume=True).train()
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_resuming_a_finished_run_trains_no_more(tmp_path: Path) -> None:
+    first = trainer(tmp_path).train()
+    log = log_of(tmp_path)
+    again = trainer(tmp_path, resume=True).train()
+    assert log_of(tmp_path) == log
+    for a, b in zip(
+        first.editor.state_dict().values(), again.editor.state_dict().values(), strict=True
+    ):
+        assert torch.equal(a, b)
+
+
+def test_resume_in_an_empty_folder_starts_anew(tmp_path: Path) -> None:
+    trainer(tmp_path / "a", resume=True).train()
+    trainer(tmp_path / "b").train()
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_other_settings_are_refused(tmp_path: Path) -> None:
+    trainer(tmp_path).train()
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    model = gpt2()
+    wrong = [
+        ("train", {"config": replace(SMALL, lr=2e-3)}),
+        ("mend", {"mend": tiny_mend(model, norm=False), "model": model}),
+        ("model_fingerprint", {"model": gpt2(seed=1)}),
+        ("records", {"data": facts(15)}),
+    ]
+    for part, change in wrong:
+        with pytest.raises(ValueError, match=f"its {part} differ; repeat that run's settings"):
+            trainer(tmp_path, **{"config": SMALL, **change}, resume=True)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_a_folder_with_checkpoints_needs_resume(tmp_path: Path) -> None:
+    trainer(tmp_path).train()
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with pytest.raises(FileExistsError, match="step-00000006; pass resume to continue"):
+        trainer(tmp_path)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+# -------------------------------------------------------------------------- the same mathematics
+
+
+def test_kept_prefix_states_give_the_same_losses(tmp_path: Path) -> None:
+    logs = []
+    for cache in ("none", "memory"):
+        trainer(tmp_path / cache, replace(SMALL, prefix_cache=cache)).train()
+        logs.append([x["loss"] for x in log_of(tmp_path / cache) if "eval" not in x])
+    assert len(logs[0]) == 6
+    assert logs[0] == pytest.approx(logs[1], rel=1e-4)
+
+
+def test_several_passes_have_the_gradient_of_one(tmp_path: Path) -> None:
+    gradients = []
+    for passes in (1, 5):
+        model = gpt2(dtype=torch.float64)
+        config = replace(SMALL, batch_size=5, accumulate=passes)
+        run = trainer(tmp_path / str(passes), config, model=model)
+        with frozen(model):
+            run._accumulate(random_episodes(5))
+        gradients.append({n: p.grad for n, p in run.mend.editor.named_parameters()})
+        moments = [n.moments.count.item() for n in run.mend.editor.nets.values()]
+        assert min(moments) > 0
+    for name, gradient in gradients[0].items():
+        assert gradient.any(), name
+        assert_close(gradients[1][name], gradient, name, 1e-10)
+
+
+def test_clipping_and_the_two_learning_rates() -> None:
+    mend = tiny_mend(gpt2())
+    config = TrainConfig(lr=1e-3, alpha_lr=1e-2, clip=0.5)
+    optimizer = EditorOptimizer(mend, config)
+    before = [p.detach().clone() for p in optimizer.parameters]
+    for p in optimizer.parameters:
+        p.grad = torch.ones_like(p)
+    count = sum(p.numel() for p in optimizer.parameters)
+    assert optimizer.step(0) == pytest.approx(count**0.5, rel=1e-5)
+    # Adam's first step is the learning rate, whatever the gradient's scale.
+    for p, old in zip(optimizer.parameters, before, strict=True):
+        rate = 1e-2 if p is mend.editor.alpha else 1e-3
+        assert torch.allclose(old - p, torch.full_like(p, rate), rtol=1e-2)
+    assert all(p.grad is None for p in optimizer.parameters)
+
+
+def test_learning_rate_schedule() -> None:
+    config = TrainConfig(steps=10, warmup=2, schedule="cosine")
+    factors = [learning_rate_factor(config, s) for s in range(11)]
+    assert factors[:3] == pytest.approx([1 / 3, 2 / 3, 1])
+    assert factors[6] == pytest.approx(0.5) and factors[10] == pytest.approx(0)
+    assert all(a > b for a, b in pairwise(factors[2:]))
+    assert learning_rate_factor(TrainConfig(), 999) == 1
+
+
+def test_an_epoch_sees_every_record_once() -> None:
+    encoder = Encoder(tokenizer())
+    records = encoder.requests(facts(13))
+    sampler = Sampler(records, 2, 3, seed=0)
+    epochs = [[e for s in (2 * i, 2 * i + 1) for e in sampler.step(s)] for i in range(3)]
+    for epoch in epochs:
+        seen = [row for e in epoch for row in e.edits]
+        assert len(seen) == len(set(seen)) == 12
+    assert epochs[0] != epochs[1]
+    assert Sampler(records, 2, 3, seed=0).step(3) == epochs[1][3:], "a step needs no history"
+    assert Sampler(records, 2, 3, seed=1).step(0) != epochs[0][:3]
+
+
+# ------------------------------------------------------------------------------------ bad steps
+
+
+def poisoned(word: str) -> Any:
+    """A model whose embedding of ``word`` is not a number."""
+    model = gpt2()
+    with torch.no_grad():
+        model.transformer.wte.weight[tokenizer()(word).input_ids[0]] = float("nan")
+    # Untied, or the head would know no other answer.
+    model.lm_head.weight = torch.nn.Parameter(gpt2().lm_head.weight.detach().clone())
+    return model
+
+
+def test_a_bad_record_costs_its_steps_and_nothing_else(tmp_path: Path) -> None:
+    data = [r for r in facts(80) if WORDS[0] not in f"{r.to_dict()}"][:15]
+    bad = EditRequest(f"{WORDS[1]} {WORDS[0]}", WORDS[2], rephrases=data[0].rephrases)
+    held_out = [r for r in facts(80, seed=4) if WORDS[0] not in f"{r.to_dict()}"][:4]
+    model = poisoned(WORDS[0])
+    config = replace(SMALL, steps=8, seed=0)
+    run = trainer(tmp_path, config, model=model, data=[*data, bad], held_out=held_out)
+    mend = run.train()
+    log = [x for x in log_of(tmp_path) if "eval" not in x]
+    assert len(log) == 8
+    # Four steps are an epoch, so two of eight hold the bad record.
+    skipped = [x["step"] for x in log if x["grad_norm"] is None]
+    assert len(skipped) == 2 and log[-1]["skipped"] == 2
+    assert all("loss" not in x for x in log if x["step"] in skipped)
+    for name, value in {**run.mend.editor.state_dict(), **mend.editor.state_dict()}.items():
+        assert value.isfinite().all(), name
+    assert (
+        json.loads((tmp_path / "checkpoints/step-00000008/state.json").read_text())["skipped"] == 2
+    )
+
+
+def test_the_editor_does_not_move_on_a_non_finite_gradient() -> None:
+    mend = tiny_mend(gpt2())
+    optimizer = EditorOptimizer(mend, TrainConfig())
+    before = [p.detach().clone() for p in optimizer.parameters]
+    for p in optimizer.parameters:
+        p.grad = torch.ones_like(p)
+    optimizer.parameters[0].grad[0] = float("inf")
+    assert not torch.isfinite(torch.tensor(optimizer.step(0)))
+    assert all(torch.equal(p, old) for p, old in zip(optimizer.parameters, before, strict=True))
+    assert all(p.grad is None for p in optimizer.parameters)
+    assert not optimizer.state(), "Adam saw nothing"
+
+
+def test_validation_that_is_not_finite_is_not_the_best(tmp_path: Path) -> None:
+    data = [r for r in facts(80) if WORDS[0] not in f"{r.to_dict()}"][:16]
+    bad = [EditRequest(f"{WORDS[1]} {WORDS[0]}", WORDS[2])]
+    mend = trainer(tmp_path, model=poisoned(WORDS[0]), data=data, held_out=bad).train()
+    assert all(x["best_step"] == 0 for x in log_of(tmp_path) if "eval" in x)
+    assert mend.editor.alpha.isfinite().all()  # the last editor, for want of a best one
+
+
+# ----------------------------------------------------------------------------------- validation
+
+
+def scripted(run: Trainer, losses: list[float]) -> Trainer:
+    """Let validation return ``losses`` one after the other."""
+    given = iter(losses)
+    run._evaluate = lambda: {"loss": next(given)}  # type: ignore[method-assign]
+    return run
+
+
+def test_the_best_editor_is_kept(tmp_path: Path) -> None:
+    run = scripted(trainer(tmp_path, replace(SMALL, save_every=1)), [3.0, 1.0, 2.0])
+    kept = {}
+    save = run.mend.save_pretrained
+
+    def spy(folder: Path) -> None:
+        kept[run.step] = {k: v.clone() for k, v in run.mend.editor.state_dict().items()}
+        save(folder)
+
+    run.mend.save_pretrained = spy  # type: ignore[method-assign]
+    mend = run.train()
+    assert sorted(kept) == [2, 4]
+    for name, value in mend.editor.state_dict().items():
+        assert torch.equal(value, kept[4][name]), name
+    assert not torch.equal(mend.editor.alpha, run.mend.editor.alpha), "the last one went on"
+    assert [x["best_step"] for x in log_of(tmp_path) if "eval" in x] == [2, 4, 4]
+
+
+def test_early_stopping(tmp_path: Path) -> None:
+    config = replace(SMALL, steps=20, patience=2)
+    run = scripted(trainer(tmp_path, config), [3.0, 1.0, 2.0, 1.0, 0.5])
+    run.train()
+    assert run.step == 8, "two evaluations without a better loss than that of step 4"
+    trainer(tmp_path, config, resume=True).train()
+    assert max(x["step"] for x in log_of(tmp_path)) == 8, "a resumed run knows that it is over"
+
+
+def test_without_validation_the_last_editor_is_saved(tmp_path: Path) -> None:
+    run = trainer(tmp_path, held_out=[])
+    mend = run.train()
+    assert torch.equal(mend.editor.alpha, run.mend.editor.alpha)
+    assert Mend.from_pretrained(tmp_path).weights == run.mend.weights
+
+
+def test_training_lowers_the_loss(tmp_path: Path) -> None:
+    """On a toy task the held-out loss falls well below that of the untrained editor."""
+    model = gpt2()
+    mend = tiny_mend(model, moved=0.0, rank=16, alpha=1e-4)
+    config = TrainConfig(
+        steps=80, batch_size=8, lr=1e-3, alpha_lr=1e-3, eval_every=20, eval_records=24
+    )
+    data, held_out = facts(200), facts(24, seed=7)
+    run = trainer(tmp_path, config, model=model, mend=mend, data=data, held_out=held_out)
+    run.train()
+    losses = [x["eval"]["loss"] for x in log_of(tmp_path) if "eval" in x]
+    start = log_of(tmp_path)[0]["loss"]
+    assert min(losses) < 0.7 * start, (start, losses)
+    trained = evaluate(Mend.from_pretrained(tmp_path), model, tokenizer(), held_out, progress=False)
+    token = trained.value("token_edit_success")
+    assert token is not None and token > 0.5, "most tokens of facts that it has never seen"
