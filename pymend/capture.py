@@ -77,7 +77,7 @@ class Tape:
         states = [_state(u, delta) for u, delta in rows.values()]
         on_host = torch.cat([x.flatten() for x in states]).cpu().split([x.numel() for x in states])
         captured = {}
-        for (name, (u, delta)), state in zip(rows.items(), on_host):
+        for (name, (u, delta)), state in zip(rows.items(), on_host, strict=True):
             if (state == NOT_FINITE).any():
                 raise NonFiniteError(
                     f"the gradients of {name} are not finite: the model's own output is not, or "

@@ -47,14 +47,15 @@ class Settings:
 
 FULL = Settings(
     train=TrainConfig(
-        steps=300,
+        steps=400,
         batch_size=8,
-        lr=2e-4,
-        alpha_lr=1e-4,
-        eval_every=50,
+        lr=3e-5,
+        alpha_lr=3e-5,
+        schedule="cosine",
+        warmup=30,
+        eval_every=100,
         eval_records=64,
-        save_every=50,
-        prefix_cache="none",
+        save_every=100,
     ),
     mend=MendConfig(rank=512),
     test_records=100,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from pymend.ops.rank_update import rank_update
 from pymend.ops.side_path import side_path
 
 SAMPLES = 1024  # elements of each weight in a fingerprint
-LOSSY = 0.98  # a merge that keeps less of the wanted change than this is reported as lossy
+LOSSY = 0.98  # a merge that keeps less of the wanted change than this warns
 
 # Merged edits of every model, oldest first: undo runs backwards through this list.
 _merged: weakref.WeakKeyDictionary[nn.Module, list[Edit]] = weakref.WeakKeyDictionary()
@@ -176,14 +177,16 @@ class Edit:
         parameters = {w.name: weight_of(model, w) for w in self.weights}
         factors = [self.factors[w.name] for w in self.weights]
         with torch.no_grad():
-            device = next(iter(parameters.values())).device
             backup = {name: p.detach().clone() for name, p in parameters.items()}
             try:
                 fidelity = rank_update(
                     [p.detach() for p in parameters.values()],
-                    [f.u.to(device) for f in factors],
-                    [f.delta.to(device) for f in factors],
-                    torch.stack([f.alpha for f in factors]).to(device),
+                    [f.u.to(p.device) for f, p in zip(factors, parameters.values(), strict=True)],
+                    [
+                        f.delta.to(p.device)
+                        for f, p in zip(factors, parameters.values(), strict=True)
+                    ],
+                    torch.stack([f.alpha for f in factors]),
                     [w.transposed for w in self.weights],
                 )
             except BaseException:
@@ -193,7 +196,14 @@ class Edit:
         self._backup = backup
         self._model = weakref.ref(model)
         _merged.setdefault(model, []).append(self)
-        return float(fidelity.min()) if len(fidelity) else 1.0
+        kept = float(fidelity.min()) if len(fidelity) else 1.0
+        if kept < LOSSY:
+            warnings.warn(
+                f"only {kept:.0%} of the wanted change survived rounding to "
+                f"{next(iter(parameters.values())).dtype}; the edit may not work, use applied()",
+                stacklevel=2,
+            )
+        return kept
 
     def unmerge_(self, model: nn.Module) -> None:
         """Put back, bit for bit, the values that ``merge_`` overwrote.
@@ -224,7 +234,7 @@ class Edit:
         path = writable_dir(folder)
         description = {
             "weights": [asdict(w) for w in self.weights],
-            "alpha": [float(self.factors[w.name].alpha) for w in self.weights],
+            "alpha": [float(self.factors[w.name].alpha.detach()) for w in self.weights],
             "fingerprint": self.fingerprint,
             "outcomes": [asdict(o) for o in self.outcomes],
         }
@@ -256,10 +266,8 @@ class Edit:
             odd = sorted(wanted ^ tensors.keys())[0]
             raise ValueError(f"{path / 'edit.safetensors'}: {odd} is missing or foreign")
         factors = {
-            w.name: LowRank(
-                tensors[f"{w.name}.u"], tensors[f"{w.name}.delta"], torch.tensor(alpha)
-            )
-            for w, alpha in zip(weights, alphas)
+            w.name: LowRank(tensors[f"{w.name}.u"], tensors[f"{w.name}.delta"], torch.tensor(alpha))
+            for w, alpha in zip(weights, alphas, strict=True)
         }
         return cls(weights, factors, fingerprint, outcomes)
 

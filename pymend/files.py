@@ -78,9 +78,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} holds {type(values).__name__}, not a JSON object")
     version = values.pop("format_version", None)
     if version != FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has format_version {version}; this pymend reads {FORMAT_VERSION}"
-        )
+        raise ValueError(f"{path} has format_version {version}; this pymend reads {FORMAT_VERSION}")
     return values
 
 

@@ -1,15 +1,15 @@
 """MEND (Mitchell et al., "Fast Model Editing at Scale", ICLR 2022): from a request to an edit.
 
-    capture   (u_t, delta_t) of the edit loss, for every token t and edited weight W
-    transform u~_t, d~_t = g(normalise(u_t, delta_t))
-    edit      W~ = W - alpha * sum_t d~_t u~_t^T, kept as factors
+capture   (u_t, delta_t) of the edit loss, for every token t and edited weight W
+transform u~_t, d~_t = g(normalise(u_t, delta_t))
+edit      W~ = W - alpha * sum_t d~_t u~_t^T, kept as factors
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,8 @@ class Mend:
         }
         transformed = self.editor(rows, merge)
         low_rank = {}
-        for w, alpha in zip(self.weights, self.editor.alpha):
+        # A copy: training on must not change an edit that was made.
+        for w, alpha in zip(self.weights, self.editor.alpha.clone(), strict=True):
             u, delta = transformed[w.name]
             if not joint:
                 counts = list(captured[w.name].counts)
@@ -167,12 +168,7 @@ class Mend:
             ValueError: the captured gradients or the factors are not finite.
         """
         captured = self.capture(replay, rows, 1 if joint else len(rows))
-        # alpha is a view of the editor's: an edit must not follow its later training.
-        factors = {
-            name: replace(f, alpha=f.alpha.detach().clone())
-            for name, f in self.factors(captured, joint).items()
-        }
-        edit = Edit(self.weights, factors)
+        edit = Edit(self.weights, self.factors(captured, joint))
         edit.check(replay.model)
         return edit
 
@@ -265,8 +261,8 @@ def _outcomes(
         hits = hits_rows(logits, batch.target, batch.row, n).tolist()
         best = logits.argmax(-1).cpu()
         answers = [encoder.tokenizer.decode(best[batch.row.cpu() == i]) for i in range(n)]
-        looks.append(list(zip(probability, answers, hits)))
+        looks.append(list(zip(probability, answers, hits, strict=True)))
     return tuple(
         Outcome(r.prompt, r.target, p0, p1, a0, a1, hit == 1.0)
-        for r, (p0, a0, _), (p1, a1, hit) in zip(requests, *looks)
+        for r, (p0, a0, _), (p1, a1, hit) in zip(requests, *looks, strict=True)
     )

@@ -8,7 +8,7 @@ norm and the head run as the model wrote them. The head sees label rows only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -50,7 +50,9 @@ class Replay:
             return
         if not self._keep:
             self._states = {}
-        todo = sorted({r.inputs for r in rows} - self._states.keys(), key=lambda ids: (len(ids), ids))
+        todo = sorted(
+            {r.inputs for r in rows} - self._states.keys(), key=lambda ids: (len(ids), ids)
+        )
         group: list[tuple[int, ...]] = []
         for ids in todo:
             longer = group and len(ids) > 1.25 * len(group[0]) + 1
@@ -107,8 +109,7 @@ class Replay:
             return self._run(batch, batch.row, batch.position)
 
     def _run(self, batch: Batch, row: Tensor, position: Tensor) -> Tensor:
-        head = self.model.get_output_embeddings()
-
+        head: nn.Module | None = self.model.get_output_embeddings()  # type: ignore[operator]
         # Matrix libraries are slower at two and three rows than at four.
         extra = HEAD_ROWS - len(row) if 1 < len(row) < HEAD_ROWS else 0
 
@@ -127,15 +128,16 @@ class Replay:
 
 
 @contextmanager
-def _forwards(blocks: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
+def _forwards(blocks: Iterable[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
     """Let every block return what ``forward`` gives; their own methods come back at the end."""
+    blocks = list(blocks)
     former = [block.__dict__.get("forward") for block in blocks]
     try:
         for block in blocks:
             block.forward = forward  # type: ignore[method-assign]
         yield
     finally:
-        for block, method in zip(blocks, former):
+        for block, method in zip(blocks, former, strict=True):
             if method is None:
                 block.__dict__.pop("forward", None)
             else:

@@ -81,7 +81,11 @@ class Batch:
         ids = torch.tensor([[*r.inputs, *[0] * (width - len(r.inputs))] for r in rows])
         length = torch.tensor([len(r.inputs) for r in rows])
         mask = (torch.arange(width) < length[:, None]).long()
-        labels = [(i, t, y) for i, r in enumerate(rows) for t, y in zip(r.positions(), r.targets())]
+        labels = [
+            (i, t, y)
+            for i, r in enumerate(rows)
+            for t, y in zip(r.positions(), r.targets(), strict=True)
+        ]
         row, position, target = torch.tensor(labels, dtype=torch.long).reshape(-1, 3).unbind(1)
         tensors = (x.to(device) for x in (ids, mask, row, position, target))
         return cls(tuple(rows), *tensors)

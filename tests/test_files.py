@@ -40,14 +40,14 @@ def test_json_carries_a_format_version_that_is_checked(tmp_path):
 def test_broken_json_is_named(tmp_path, text):
     path = tmp_path / "a.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match="a.json"):
+    with pytest.raises(ValueError, match=r"a\.json"):
         read_json(path)
 
 
 def test_missing_files_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="none.json"):
+    with pytest.raises(FileNotFoundError, match=r"none\.json"):
         read_json(tmp_path / "none.json")
-    with pytest.raises(FileNotFoundError, match="none.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"none\.safetensors"):
         read_tensors(tmp_path / "none.safetensors")
 
 

@@ -77,4 +77,4 @@ class Editor(nn.Module):
 def _interleave(parts: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
     """Rows of several weights, [n_w, d] each, reordered to episode by episode."""
     split = [p.split(list(counts[i :: len(parts)])) for i, p in enumerate(parts)]
-    return torch.cat([piece for episode in zip(*split) for piece in episode])
+    return torch.cat([piece for episode in zip(*split, strict=True) for piece in episode])

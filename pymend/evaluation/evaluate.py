@@ -93,7 +93,7 @@ class _Look:
     ) -> None:
         self.chunk = chunk
         self.replay = Replay(model, mend.weights)
-        kinds = {
+        kinds: dict[str, list[tuple[Row, ...]]] = {
             "edit": [(r.edit,) for r in chunk],
             "old": [(r.old,) if r.old else () for r in chunk],
             "rephrases": [r.rephrases for r in chunk],
@@ -113,7 +113,7 @@ class _Look:
 
         self.replay.load([row for rows in padded.values() for group in rows for row in group])
         looks = {name: self._look(edit, rows) for name, rows in padded.items()}
-        nothing = [[] for _ in chunk]
+        nothing: list[list[_RowLook]] = [[] for _ in chunk]
         self.results: dict[str, list[list[_RowLook]]] = {
             name: [group[: len(kinds[name][i])] for i, group in enumerate(looks.get(name, nothing))]
             for name in kinds
@@ -144,7 +144,7 @@ class _Look:
         (edit,) = at["edit"]
         exact = [x.exact for x in at["rephrases"]]
         # Locality answers count from their first token on, prompts without one as a whole.
-        pairs = list(zip(self.chunk[i].locality, at["locality"]))
+        pairs = list(zip(self.chunk[i].locality, at["locality"], strict=True))
         same = [x.agreement(row) for row, x in pairs]
         answered = [(row, x) for row, x in pairs if row.answer]
         drawdown = [x.exact_from(row, "before") - x.exact_from(row, "after") for row, x in answered]
@@ -153,7 +153,7 @@ class _Look:
         rng = random.Random(str(self.chunk[i].edit.ids))
         rephrased = [
             float(new.mean_nll < old.mean_nll)
-            for new, old in zip(at["rephrases"], at["old_rephrases"])
+            for new, old in zip(at["rephrases"], at["old_rephrases"], strict=False)
         ]
         return RecordScores(
             edit_success=edit.exact,

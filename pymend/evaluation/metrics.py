@@ -67,8 +67,8 @@ class Metrics:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON object: exact match at the top, other protocols below ``protocols``."""
-        names = ("edit_success", "generality", "locality", "accuracy_drawdown", "portability")
-        names = (*names, "es_paper", "es_outer", "edit_success_before")
+        names = ["edit_success", "generality", "locality", "accuracy_drawdown", "portability"]
+        names += ["es_paper", "es_outer", "edit_success_before"]
         before, after = self.perplexity_before, self.perplexity_after
         drawdown = None if before is None or after is None else after - before
         n = len(self.records)

