@@ -1,0 +1,75 @@
+"""Which module of pymend imports which: the table of docs/design.md, kept true."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent / "pymend"
+
+CORE = {
+    "capture",
+    "config",
+    "edit",
+    "editor",
+    "files",
+    "losses",
+    "mend",
+    "models",
+    "replay",
+    "tokens",
+}
+ROOMS = {
+    "_lib": {"_C"},
+    "config": set(),
+    "reference": set(),
+    "files": {"config"},
+    "ops": {"_lib"},
+    "models": {"config", "files"},
+    "tokens": {"config"},
+    "losses": {"tokens"},
+    "capture": {"models"},
+    "replay": {"models", "tokens"},
+    "editor": {"config", "models"},
+    "edit": {"capture", "files", "models", "ops"},
+    "mend": CORE - {"mend"},
+    "training": CORE,
+    "evaluation": CORE,
+    "data": {"config", "files"},
+    "plots": {"files"},
+    "report": {"models", "tokens"},
+}
+TOP = {"__init__", "__main__", "cli", "demo"}  # may import everything, and are imported by no room
+
+
+def room(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imported_rooms(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        found |= {name.split(".")[1] for name in names if name.startswith("pymend.")}
+    return found - {room(path)}
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_room_imports_only_what_it_may(path):
+    if room(path) not in TOP:
+        assert imported_rooms(path) <= ROOMS[room(path)]
+
+
+def test_datasets_and_matplotlib_are_not_imported_with_the_package():
+    top_level = [
+        node
+        for path in ROOT.rglob("*.py")
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+    ]
+    names = {getattr(n, "module", None) or n.names[0].name for n in top_level}
+    assert not {n.split(".")[0] for n in names} & {"datasets", "matplotlib"}
