@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parse(sys.argv[1:] if argv is None else argv)
         args.run(args)
     except KeyboardInterrupt as stop:
-        print(f"\npymend: {stop or 'interrupted'}", file=sys.stderr)
+        print(f"\npymend: {str(stop) or 'interrupted'}", file=sys.stderr)
         return 130
     except (OSError, ValueError, RuntimeError) as error:
         if not _meant_for_user(error):
@@ -351,7 +351,7 @@ def _train(args: argparse.Namespace) -> None:
         trainer.train()
     except KeyboardInterrupt as stop:
         again = shlex.join(["pymend", "train", "--config", str(config), "--resume"])
-        raise KeyboardInterrupt(f"{stop or 'interrupted'}: {again}") from None
+        raise KeyboardInterrupt(f"{str(stop) or 'interrupted'}: {again}") from None
     learning_curves(output / "metrics.jsonl", output / "curves.png", args.model)
     if trainer.best_step:
         print(f"best validation loss {trainer.best_loss:.4f} at step {trainer.best_step}")
@@ -379,12 +379,15 @@ def _training_data(args: argparse.Namespace) -> tuple[list[EditRequest], list[Ed
 
 
 def _edit(args: argparse.Namespace) -> None:
-    from pymend.edit import LOSSY
+    from pymend.files import writable_dir
     from pymend.mend import Mend
     from pymend.report import greedy, number, table
     from pymend.tokens import Encoder
 
+    _at_least_one(args, "tokens")
     requests = _requests(args)
+    if args.output:
+        writable_dir(args.output)
     merged = _new_folder(args.merge) if args.merge else None
     mend = Mend.from_pretrained(args.editor)
     model, tokenizer = _model(args)
@@ -414,9 +417,7 @@ def _edit(args: argparse.Namespace) -> None:
         edit.save_pretrained(args.output)
         print(f"the edit is in {args.output}")
     if merged:
-        kept = edit.merge_(model)
-        if kept < LOSSY:
-            logger.warning("only %.0f %% of the edit survived the model's dtype", 100 * kept)
+        edit.merge_(model)
         _save_model(model, tokenizer, merged)
         edit.unmerge_(model)
         print(f"the edited model is in {merged}")
@@ -464,18 +465,14 @@ def _save_model(model: Any, tokenizer: Any, folder: Path) -> None:
 def _eval(args: argparse.Namespace) -> None:
     from pymend.data import load_records
     from pymend.evaluation import evaluate
-    from pymend.files import writable_dir, write_json
+    from pymend.files import write_json
     from pymend.mend import Mend
     from pymend.report import metrics_table
 
-    for name in ("limit", "batch_size"):
-        if (getattr(args, name) or 1) < 1:
-            raise ValueError(f"{name} is {getattr(args, name)}; it must be at least 1")
+    _at_least_one(args, "limit", "batch_size")
     data = load_records(args.data, split="test")[: args.limit]
-    text = Path(args.ppl_text).read_text(encoding="utf-8") if args.ppl_text else None
-    output = Path(args.output) if args.output else None
-    if output:
-        writable_dir(output.parent)
+    text = _text(args.ppl_text) if args.ppl_text else None
+    output = _file(args.output) if args.output else None
     mend = Mend.from_pretrained(args.editor)
     model, tokenizer = _model(args)
     metrics = evaluate(mend, model, tokenizer, data, args.batch_size, text, args.chat).to_dict()
@@ -485,6 +482,33 @@ def _eval(args: argparse.Namespace) -> None:
         source = {"model": args.model, "editor": args.editor, "data": args.data}
         write_json(output, {**metrics, "source": source})
         print(f"written to {output}")
+
+
+def _text(name: str) -> str:
+    """What the file ``name`` says.
+
+    Raises:
+        ValueError: it is not UTF-8.
+    """
+    try:
+        return Path(name).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8 text: {error}; save it as UTF-8") from error
+
+
+def _file(name: str) -> Path:
+    """``name`` as a file that may be written.
+
+    Raises:
+        OSError: it is a folder, or its folder cannot be written.
+    """
+    from pymend.files import writable_dir
+
+    file = Path(name)
+    if file.is_dir():
+        raise IsADirectoryError(f"{file} is a folder; name a file for the results")
+    writable_dir(file.parent)
+    return file
 
 
 def _demo(args: argparse.Namespace) -> None:
@@ -509,6 +533,13 @@ def _demo(args: argparse.Namespace) -> None:
 # -- shared by the commands ------------------------------------------------------------------
 
 
+def _at_least_one(args: argparse.Namespace, *names: str) -> None:
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
+
+
 def _model(args: argparse.Namespace) -> tuple[Any, Any]:
     """The model and tokenizer that ``args`` name, on a machine set up as they say."""
     import torch
@@ -518,9 +549,8 @@ def _model(args: argparse.Namespace) -> tuple[Any, Any]:
 
     quiet.set_verbosity_error()
     quiet.disable_progress_bar()
+    _at_least_one(args, "threads")
     if args.threads is not None:
-        if args.threads < 1:
-            raise ValueError(f"threads is {args.threads}; it must be at least 1")
         torch.set_num_threads(args.threads)
     torch.backends.mkldnn.matmul.fp32_precision = args.matmul  # type: ignore[attr-defined]
     logger.info("loading %s", args.model)

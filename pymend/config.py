@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 FORMAT_VERSION = 1  # of every JSON file this package writes
 
@@ -72,12 +73,10 @@ class MendConfig:
     official: bool = False  # numeric conventions of the paper's code; see docs/design.md
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"rank is {self.rank}; it must be at least 1")
-        if self.blocks < 1:
-            raise ValueError(f"blocks is {self.blocks}; it must be at least 1")
-        if self.n_edits < 1:
-            raise ValueError(f"n_edits is {self.n_edits}; it must be at least 1")
+        _check_choices(self)
+        _check_at_least(self, 1, "rank", "blocks", "n_edits")
+        if not math.isfinite(self.alpha):
+            raise ValueError(f"alpha is {self.alpha}; it must be finite")
         partial = [n for n in ("one_sided", "x_only", "delta_only") if getattr(self, n)]
         if self.combine and partial:
             raise ValueError(f"{partial[0]} needs combine=False: one network for each side")
@@ -108,24 +107,31 @@ class TrainConfig:
     prefix_cache: Literal["none", "memory"] = "none"
 
     def __post_init__(self) -> None:
-        for name in (
-            "steps",
-            "batch_size",
-            "accumulate",
-            "eval_every",
-            "eval_records",
-            "save_every",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        _check_choices(self)
+        _check_at_least(self, 1, "steps", "batch_size", "accumulate")
+        _check_at_least(self, 1, "eval_every", "eval_records", "save_every")
+        _check_at_least(self, 0, "lr", "alpha_lr", "c_edit", "c_loc", "warmup", "patience")
+        if not self.clip > 0:
+            raise ValueError(f"clip is {self.clip}; it must be above 0")
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"batch_size {self.batch_size} does not split into {self.accumulate} equal passes; "
                 "choose accumulate among its divisors"
             )
-        for name in ("lr", "alpha_lr", "c_edit", "c_loc", "clip", "warmup", "patience"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
+
+
+def _check_choices(config: Any) -> None:
+    """Refuse a value that its field's ``Literal`` does not list."""
+    for name, hint in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if get_origin(hint) is Literal and value not in get_args(hint):
+            raise ValueError(f"{name} is {value!r}; choose one of {', '.join(get_args(hint))}")
+
+
+def _check_at_least(config: Any, least: int, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) >= least:  # so put, it refuses NaN as well
+            raise ValueError(f"{name} is {getattr(config, name)}; it must be at least {least}")
 
 
 def to_json(config: Any) -> dict[str, Any]:

@@ -87,8 +87,10 @@ class Edit:
 
     def __getitem__(self, index: int) -> Edit:
         """One of several independent edits, without its padded rows."""
-        if self.episodes is None or not -self.episodes <= index < self.episodes:
+        if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} in an edit that holds {len(self)}")
+        if self.episodes is None:
+            return self
         factors = {}
         for name, f in self.factors.items():
             u, delta = f.u[index], f.delta[index]
@@ -111,8 +113,9 @@ class Edit:
         factors = {}
         for name, f in self.factors.items():
             g = other.factors[name]
-            delta = torch.cat([f.alpha * f.delta, g.alpha * g.delta])
-            factors[name] = LowRank(torch.cat([f.u, g.u]), delta, torch.ones_like(f.alpha))
+            u, delta = g.u.to(f.u.device), (g.alpha * g.delta).to(f.u.device)
+            delta = torch.cat([f.alpha * f.delta, delta])
+            factors[name] = LowRank(torch.cat([f.u, u]), delta, torch.ones_like(f.alpha))
         return Edit(self.weights, factors, self.fingerprint, self.outcomes + other.outcomes)
 
     # -- beside the weights ------------------------------------------------------------------
@@ -126,7 +129,10 @@ class Edit:
 
         Raises:
             ValueError: another model, non-finite factors, or a batch that does not split.
+            RuntimeError: this edit is merged into ``model``, so it acts already.
         """
+        if self in _merged.get(model, []):
+            raise RuntimeError("this edit is merged into this model and acts already")
         self.check(model)
         handles = []
         try:
@@ -228,7 +234,12 @@ class Edit:
     # -- files -------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``edit.safetensors`` and ``edit.json`` into ``folder``, atomically."""
+        """Write ``edit.safetensors`` and ``edit.json`` into ``folder``, each atomically.
+
+        Raises:
+            PermissionError: ``folder`` cannot be written.
+            RuntimeError: the edit holds independent edits.
+        """
         if self.episodes is not None:
             raise RuntimeError("pick a single edit out of edit_many with [i] before saving it")
         path = writable_dir(folder)
@@ -261,10 +272,24 @@ class Edit:
             alphas, fingerprint = description["alpha"], description["fingerprint"]
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path / 'edit.json'} is no edit: {error}") from error
-        wanted = {f"{w.name}.{part}" for w in weights for part in ("u", "delta")}
-        if wanted != tensors.keys():
-            odd = sorted(wanted ^ tensors.keys())[0]
+        wanted = {
+            f"{w.name}.{part}": width
+            for w in weights
+            for part, width in (("u", w.a), ("delta", w.b))
+        }
+        if wanted.keys() != tensors.keys():
+            odd = sorted(wanted.keys() ^ tensors.keys())[0]
             raise ValueError(f"{path / 'edit.safetensors'}: {odd} is missing or foreign")
+        for name, width in wanted.items():
+            if tensors[name].dim() != 2 or tensors[name].shape[1] != width:
+                raise ValueError(
+                    f"{path / 'edit.safetensors'}: {name} is {tuple(tensors[name].shape)}, "
+                    f"expected (rows, {width})"
+                )
+        if len(alphas) != len(weights):
+            raise ValueError(
+                f"{path / 'edit.json'}: {len(alphas)} alphas for {len(weights)} weights"
+            )
         factors = {
             w.name: LowRank(tensors[f"{w.name}.u"], tensors[f"{w.name}.delta"], torch.tensor(alpha))
             for w, alpha in zip(weights, alphas, strict=True)
@@ -299,9 +324,10 @@ class Edit:
 
 
 def fingerprint(model: nn.Module, weights: Sequence[EditedWeight]) -> str:
-    """A name for the unedited values of ``weights``: stable over dtype, device and merged edits.
+    """A name for the unedited values of ``weights``, whatever is merged on top of them.
 
-    SHA-256 over name, shape and 1,024 evenly spaced elements of each, rounded to bfloat16.
+    SHA-256 over name, shape and 1,024 evenly spaced elements of each, rounded to bfloat16. Stable
+    between float32, float64 and bfloat16; a float16 copy is another model (it rounds twice).
     """
     state = hashlib.sha256()
     for w in weights:

@@ -1,4 +1,4 @@
-"""Edit and locality losses and their teacher-forced scores, on label rows (mend.md section 6)."""
+"""Edit and locality losses and their teacher-forced scores, on label rows."""
 
 from __future__ import annotations
 

@@ -115,6 +115,12 @@ class Mend:
 
         Sequential editing is the same call on a model that already has edits applied or merged.
 
+        Args:
+            model: a causal language model; it is not changed.
+            tokenizer: the model's own.
+            requests: only ``prompt`` and ``target`` of each are used.
+            chat: put prompts through the tokenizer's chat template.
+
         Returns:
             The edit. ``edit.outcomes`` tells, request by request, whether it took.
 
@@ -135,6 +141,9 @@ class Mend:
 
         Returns:
             An edit that holds them side by side: ``edit[i]`` is the one of ``requests[i]``.
+
+        Raises:
+            ValueError: as :meth:`edit`.
         """
         return self._edit(model, tokenizer, list(requests), joint=False, chat=chat)
 
@@ -195,7 +204,11 @@ class Mend:
     # -- files -------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``editor.safetensors`` and ``editor.json`` into ``folder``, atomically."""
+        """Write ``editor.safetensors`` and ``editor.json`` into ``folder``, each atomically.
+
+        Raises:
+            PermissionError: ``folder`` cannot be written.
+        """
         path = writable_dir(folder)
         description = {
             "config": to_json(self.config),

@@ -40,6 +40,10 @@ class Replay:
         self.model = model
         self.device = next(model.parameters()).device
         self.blocks, self.cut = lowest_block(model, weights)
+        head = model.get_output_embeddings()  # type: ignore[operator]
+        edited = {model.get_submodule(w.module) for w in weights}
+        # An edited head needs whole rows: factors and edits go by the rows of the batch.
+        self._head: nn.Module | None = None if head in edited else head
         self._keep = keep
         self._states: dict[tuple[int, ...], list[Tensor]] = {}
         self._shape: tuple[list[Any], TreeSpec, list[int]] | None = None
@@ -109,7 +113,7 @@ class Replay:
             return self._run(batch, batch.row, batch.position)
 
     def _run(self, batch: Batch, row: Tensor, position: Tensor) -> Tensor:
-        head: nn.Module | None = self.model.get_output_embeddings()  # type: ignore[operator]
+        head = self._head
         # Matrix libraries are slower at two and three rows than at four.
         extra = HEAD_ROWS - len(row) if 1 < len(row) < HEAD_ROWS else 0
 

