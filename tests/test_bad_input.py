@@ -253,6 +253,69 @@ def test_a_damaged_tensor_file(
     assert file.name in str(error.value)
 
 
+def damage_optimizer_shape(file: Path) -> None:
+    rewrite(file, lambda t: t | {"0.exp_avg": t["0.exp_avg"][..., :-1]})
+
+
+def damage_no_tensors(file: Path) -> None:
+    rewrite(file, lambda t: {})
+
+
+def damage_tie(file: Path) -> None:
+    save_file(load_file(file), file, metadata={"tie": "another"})
+
+
+def without(*keys: str) -> Any:
+    def damage(file: Path) -> None:
+        values = json.loads(file.read_text())
+        file.write_text(json.dumps({k: v for k, v in values.items() if k not in keys}))
+
+    return damage
+
+
+def damage_step(file: Path) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"step": 0}))
+
+
+def damage_run(file: Path) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"run": None}))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("optimizer.safetensors", damage_truncate, "may be truncated"),
+        ("optimizer.safetensors", damage_foreign, "has the foreign key odd.u"),
+        ("optimizer.safetensors", damage_missing, r"lacks \d+\.(step|exp_avg)"),
+        ("optimizer.safetensors", damage_no_tensors, r"lacks 0\.exp_avg"),
+        ("optimizer.safetensors", damage_optimizer_shape, r"0\.exp_avg is \(.*\), expected \("),
+        ("optimizer.safetensors", damage_tie, "does not belong to the JSON"),
+        ("optimizer.safetensors", Path.unlink, "does not exist"),
+        ("editor.safetensors", damage_tie, "does not belong to the JSON"),
+        ("editor.safetensors", damage_shape, "bias is"),
+        ("state.json", damage_truncate, "may be truncated"),
+        ("state.json", without("run"), "lacks run"),
+        ("state.json", without("best_loss", "step"), "lacks best_loss"),
+        ("editor.safetensors", lambda f: damage_step(f.with_name("state.json")), "not belong"),
+        ("editor.safetensors", lambda f: damage_run(f.with_name("state.json")), "not belong"),
+    ],
+)
+def test_a_damaged_checkpoint(
+    name: str, damage: Any, message: str, model: Any, tmp_path: Path
+) -> None:
+    args = (model, tokenizer(), facts(4), [], TrainConfig(steps=1, batch_size=2), tmp_path)
+    Trainer(tiny_mend(model), *args, progress=False).train()
+    file = tmp_path / "checkpoints/step-00000001" / name
+    damage(file)
+    fresh = tiny_mend(model)
+    before = {k: v.clone() for k, v in fresh.editor.state_dict().items()}
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+        Trainer(fresh, *args, resume=True, progress=False)
+    assert name in str(error.value)
+    for key, value in fresh.editor.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
 def test_tensors_of_other_shapes(mend: Mend, tmp_path: Path) -> None:
     mend.save_pretrained(tmp_path)
     damage_shape(tmp_path / "editor.safetensors")
@@ -361,7 +424,7 @@ def test_editor_settings(settings: dict[str, Any], message: str) -> None:
     [
         ({"steps": 0}, "steps is 0; it must be at least 1"),
         ({"batch_size": 10, "accumulate": 3}, "does not split into 3 equal passes; choose"),
-        ({"lr": -1.0}, "lr is -1.0; it must not be negative"),
+        ({"lr": -1.0}, "lr is -1.0; it must be at least 0"),
     ],
     ids=str,
 )

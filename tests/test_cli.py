@@ -130,9 +130,14 @@ def test_edit_saves_merges_and_shows_the_undo(
 
 
 def test_a_merge_that_rounding_loses_is_told_once(
-    model: Path, trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    model: Path,
+    trained: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    pair = ["--prompt", "ba", "--target", "be", "--dtype=bfloat16"]
+    monkeypatch.setattr("pymend.edit.LOSSY", 2.0)  # whatever survives is too little
+    pair = ["--prompt", "ba", "--target", "be"]
     with pytest.warns(UserWarning, match="survived") as told:
         argv = ["edit", f"--model={model}", f"--editor={trained}", f"--merge={tmp_path / 'm'}"]
         assert main([*argv, *pair]) == 0

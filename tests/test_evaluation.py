@@ -202,7 +202,7 @@ def test_a_record_that_is_not_finite_is_named(batch_size: int) -> None:
     mend = seasoned_mend(model)
     with torch.no_grad():
         model.transformer.wpe.weight[20] = math.nan  # also what pads its batch mates
-    with pytest.raises(ValueError, match="^record 5: the gradients of .* are not finite"):
+    with pytest.raises(ValueError, match=r"^record 5: the gradients of .* are not finite"):
         evaluate(mend, model, tokenizer(), data, batch_size, progress=False)
 
 

@@ -18,9 +18,11 @@ import torch
 from tiny import WORDS, assert_close, facts, gpt2, random_episodes, tiny_mend, tokenizer
 
 from pymend import Trainer, evaluate
+from pymend.capture import NonFiniteError
 from pymend.config import EditRequest, TrainConfig
 from pymend.mend import Mend
 from pymend.models import frozen
+from pymend.plots import learning_curves
 from pymend.tokens import Encoder
 from pymend.training.episodes import Sampler
 from pymend.training.optim import EditorOptimizer, learning_rate_factor
@@ -111,15 +113,19 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_killed_run_resumes_to_the_same_bits(whole_run: Path, tmp_path: Path) -> None:
     killed(tmp_path)
-    assert 4 <= checkpoint_step(tmp_path) < 20
+    assert 2 <= checkpoint_step(tmp_path) < 20
     # The rest of a line that the kill tore, and a checkpoint that was being written.
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 3')
-    torn = tmp_path / "checkpoints" / "step-00000019.tmp"
-    torn.mkdir()
-    (torn / "editor.safetensors").write_bytes(b"half")
+    for step in (19, 20):
+        torn = tmp_path / "checkpoints" / f"step-000000{step}.tmp"
+        torn.mkdir()
+        (torn / "editor.safetensors").write_bytes(b"half")
+        (torn / "rest").write_bytes(b"half")
     trainer(tmp_path, LONG, resume=True).train()
     assert_same_run(tmp_path, whole_run)
+    names = {p.name for p in (tmp_path / "checkpoints/step-00000020").iterdir()}
+    assert names == {"editor.safetensors", "optimizer.safetensors", "state.json"}
 
 
 def test_ctrl_c_saves_and_the_run_resumes_to_the_same_bits(whole_run: Path, tmp_path: Path) -> None:
@@ -140,6 +146,19 @@ def test_ctrl_c_saves_and_the_run_resumes_to_the_same_bits(whole_run: Path, tmp_
     assert max(x["step"] for x in log_of(tmp_path)) == 7
     trainer(tmp_path, LONG, resume=True).train()
     assert_same_run(tmp_path, whole_run)
+
+
+def test_ctrl_c_between_two_steps_saves_too(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+
+    def out_of_patience() -> bool:  # looked at after the step's checkpoint was or was not due
+        run._stop = run.step == 3
+        return False
+
+    run._out_of_patience = out_of_patience  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt, match="stopped after step 3"):
+        run.train()
+    assert checkpoint_step(tmp_path) == 3
 
 
 class Stop(Exception):
@@ -203,13 +222,22 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     model = gpt2()
     wrong = [
-        ("train", {"config": replace(SMALL, lr=2e-3)}),
-        ("mend", {"mend": tiny_mend(model, norm=False), "model": model}),
-        ("model_fingerprint", {"model": gpt2(seed=1)}),
-        ("records", {"data": facts(15)}),
+        ("train", "train.lr", {"config": replace(SMALL, lr=2e-3)}),
+        ("mend", "mend.norm", {"mend": tiny_mend(model, norm=False), "model": model}),
+        ("model_fingerprint", "model_fingerprint", {"model": gpt2(seed=1)}),
+        ("records, data", "records, data", {"data": facts(15)}),
+        ("data", "data", {"data": [*facts(15), *facts(1, seed=2)]}),
+        ("data", "data", {"data": facts(16, old=False)}),
+        ("eval_data", "eval_data", {"held_out": facts(6, seed=8)}),
+        (
+            "train, data",
+            "train.lr, train.clip, data",
+            {"config": replace(SMALL, lr=2e-3, clip=9.0), "data": facts(16, seed=1)},
+        ),
     ]
-    for part, change in wrong:
-        with pytest.raises(ValueError, match=f"its {part} differ; repeat that run's settings"):
+    for parts, settings, change in wrong:
+        message = rf"its {parts} differ \({settings}\); repeat that run's settings"
+        with pytest.raises(ValueError, match=message):
             trainer(tmp_path, **{"config": SMALL, **change}, resume=True)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
@@ -220,6 +248,35 @@ def test_a_folder_with_checkpoints_needs_resume(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="step-00000006; pass resume to continue"):
         trainer(tmp_path)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_resuming_with_a_chat_template_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer(tmp_path).train()
+    text = tokenizer()
+    text.chat_template = "{{ messages[0].content }}"
+    monkeypatch.setattr("test_trainer.tokenizer", lambda: text)
+    with pytest.raises(ValueError, match=r"differ \(chat\)"):
+        trainer(tmp_path, resume=True, chat=True)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_an_editor_without_checkpoints_is_not_overwritten(resume: bool, tmp_path: Path) -> None:
+    tiny_mend(gpt2()).save_pretrained(tmp_path)
+    before = {p: p.read_bytes() for p in tmp_path.iterdir()}
+    with pytest.raises(FileExistsError, match=r"holds an editor, and no checkpoint .* move it"):
+        trainer(tmp_path, resume=resume)
+    assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_the_first_editor_has_a_checkpoint_beside_it(tmp_path: Path) -> None:
+    config = replace(SMALL, eval_every=1, save_every=6)
+    trainer(tmp_path / "a", config).train()
+    stop_at(trainer(tmp_path / "b", config), 3)
+    assert checkpoint_step(tmp_path / "b") == 1
+    trainer(tmp_path / "b", config, resume=True).train()
+    assert_same_run(tmp_path / "a", tmp_path / "b")
 
 
 # -------------------------------------------------------------------------- the same mathematics
@@ -288,6 +345,28 @@ def test_an_epoch_sees_every_record_once() -> None:
     assert Sampler(records, 2, 3, seed=1).step(0) != epochs[0][:3]
 
 
+@pytest.mark.parametrize("edits", [1, 3])
+@pytest.mark.parametrize("old", [True, False])
+def test_no_record_is_told_to_keep_its_own_prompt(edits: int, old: bool) -> None:
+    records = Encoder(tokenizer()).requests(facts(edits + 1, locality=False, old=old))
+    sampler = Sampler(records, edits, 1, seed=0)
+    for step in range(40):
+        for episode in sampler.step(step):
+            kept = episode.locality.ids
+            prompts = [e.ids[: e.first + 1] for e in episode.edits]
+            assert all(kept[: len(p)] != p for p in prompts)
+
+
+def test_no_locality_prompt_to_borrow() -> None:
+    encoder = Encoder(tokenizer())
+    records = encoder.requests(facts(2, locality=False))
+    same = [records[0]] * 2
+    for few, edits in ((records[:1], 1), (records, 2), (same, 1)):
+        with pytest.raises(ValueError, match=r"none to borrow: .* give locality prompts or more"):
+            Sampler(few, edits, 1, seed=0)
+    Sampler(encoder.requests(facts(1)), 1, 1, seed=0)  # it has locality prompts of its own
+
+
 # ------------------------------------------------------------------------------------ bad steps
 
 
@@ -308,18 +387,70 @@ def test_a_bad_record_costs_its_steps_and_nothing_else(tmp_path: Path) -> None:
     model = poisoned(WORDS[0])
     config = replace(SMALL, steps=8, seed=0)
     run = trainer(tmp_path, config, model=model, data=[*data, bad], held_out=held_out)
-    mend = run.train()
+    with pytest.warns(UserWarning) as caught:
+        mend = run.train()
     log = [x for x in log_of(tmp_path) if "eval" not in x]
     assert len(log) == 8
     # Four steps are an epoch, so two of eight hold the bad record.
     skipped = [x["step"] for x in log if x["grad_norm"] is None]
     assert len(skipped) == 2 and log[-1]["skipped"] == 2
     assert all("loss" not in x for x in log if x["step"] in skipped)
+    said = [str(w.message) for w in caught if "was skipped" in str(w.message)]
+    assert [int(text.split()[1]) for text in said] == skipped
+    assert all("are not finite" in text for text in said)
     for name, value in {**run.mend.editor.state_dict(), **mend.editor.state_dict()}.items():
         assert value.isfinite().all(), name
     assert (
         json.loads((tmp_path / "checkpoints/step-00000008/state.json").read_text())["skipped"] == 2
     )
+
+
+def bad_step(run: Trainer, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """Let every step fail, after the running moments have seen its rows."""
+    inner = run._accumulate
+
+    def accumulate(episodes: Any) -> Any:
+        parts = inner(episodes)
+        if how == "raises":
+            raise NonFiniteError("made up")
+        run.optimizer.parameters[0].grad[0] = float("nan")
+        return parts
+
+    monkeypatch.setattr(run, "_accumulate", accumulate)
+
+
+@pytest.mark.parametrize("how", ["raises", "gradient"])
+def test_a_skipped_step_leaves_the_editor_as_it_was(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trainer(tmp_path)
+    with frozen(run.model):
+        run._update()
+        before = {k: v.clone() for k, v in run.mend.editor.state_dict().items()}
+        bad_step(run, monkeypatch, how)
+        with pytest.raises(NonFiniteError, match=r"made up|the editor's gradient is nan"):
+            run._update()
+    for name, value in run.mend.editor.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_only_bad_steps_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = replace(SMALL, steps=30, save_every=8)
+    messages = r"20 steps in a row were skipped, the last because made up; lower lr, .*float32"
+    for resume in (False, True):
+        run = trainer(tmp_path, config, held_out=[], resume=resume)
+        run.progress = True
+        bad_step(run, monkeypatch, "raises")
+        with (
+            pytest.warns(UserWarning, match=r"step \d+ was skipped: made up") as caught,
+            pytest.raises(RuntimeError, match=messages),
+        ):
+            run.train()
+        assert len(caught) == (4 if resume else 20), "a resumed run counts on"
+    assert len(log_of(tmp_path)) == 20
+    assert "skipped=20" in capsys.readouterr().err
 
 
 def test_the_editor_does_not_move_on_a_non_finite_gradient() -> None:
@@ -337,7 +468,7 @@ def test_the_editor_does_not_move_on_a_non_finite_gradient() -> None:
 
 def test_validation_that_is_not_finite_is_not_the_best(tmp_path: Path) -> None:
     data = [r for r in facts(80) if WORDS[0] not in f"{r.to_dict()}"][:16]
-    bad = [EditRequest(f"{WORDS[1]} {WORDS[0]}", WORDS[2])]
+    bad = [EditRequest(f"{word} {WORDS[0]}", WORDS[2]) for word in WORDS[1:3]]
     mend = trainer(tmp_path, model=poisoned(WORDS[0]), data=data, held_out=bad).train()
     assert all(x["best_step"] == 0 for x in log_of(tmp_path) if "eval" in x)
     assert mend.editor.alpha.isfinite().all()  # the last editor, for want of a best one
@@ -369,6 +500,14 @@ def test_the_best_editor_is_kept(tmp_path: Path) -> None:
         assert torch.equal(value, kept[4][name]), name
     assert not torch.equal(mend.editor.alpha, run.mend.editor.alpha), "the last one went on"
     assert [x["best_step"] for x in log_of(tmp_path) if "eval" in x] == [2, 4, 4]
+
+
+def test_a_validation_loss_that_is_no_number_is_logged_as_null(tmp_path: Path) -> None:
+    scripted(trainer(tmp_path), [float("nan"), 1.0, float("inf")]).train()
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+    losses = [x["eval"]["loss"] for x in log_of(tmp_path) if "eval" in x]
+    assert losses == [None, 1.0, None]
+    learning_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
 
 
 def test_early_stopping(tmp_path: Path) -> None:

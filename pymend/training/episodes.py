@@ -33,7 +33,7 @@ class Sampler:
     """Episodes by step. What step s draws depends on the seed and s alone, so it needs no state.
 
     Raises:
-        ValueError: fewer records than one step needs.
+        ValueError: fewer records than one step needs, or no locality prompt for some of them.
     """
 
     def __init__(self, records: Sequence[EncodedRequest], edits: int, episodes: int, seed: int):
@@ -49,6 +49,13 @@ class Sampler:
         self.pool = shared or [
             r.old or Row(r.edit.ids[: r.edit.first + 1], 0, False) for r in records
         ]
+        borrowed = {_prompt(row) for row in self.pool}
+        short = not all(r.locality for r in records) and len(borrowed) <= edits
+        if short and borrowed <= {_prompt(r.edit) for r in records}:
+            raise ValueError(
+                "a record without locality prompts has none to borrow: all are its own or those of "
+                "the facts edited with it; give locality prompts or more records"
+            )
         self._epoch = -1
         self._order: list[int] = []
 
@@ -66,10 +73,18 @@ class Sampler:
         return [self.episode([self.records[i] for i in group], rng) for group in groups]
 
     def episode(self, records: Sequence[EncodedRequest], rng: random.Random) -> Episode:
-        """Draw a rephrase for every record and one locality prompt."""
+        """Draw a rephrase for every record and one locality prompt, not borrowed from an edit."""
         rephrases = [rng.choice(r.rephrases) if r.rephrases else r.edit for r in records]
         locality = rng.choice(records[0].locality or self.pool)
+        edited = {_prompt(r.edit) for r in records}
+        while not records[0].locality and _prompt(locality) in edited:
+            locality = rng.choice(self.pool)
         return Episode(tuple(r.edit for r in records), tuple(rephrases), locality)
+
+
+def _prompt(row: Row) -> tuple[int, ...]:
+    """The tokens of ``row`` before its answer."""
+    return row.ids[: row.first + 1] if row.answer else row.ids
 
 
 @dataclass(frozen=True)
@@ -89,7 +104,9 @@ class EpisodeScores:
 def run_episodes(
     mend: Mend, replay: Replay, episodes: Sequence[Episode], outer: str, merge: bool
 ) -> EpisodeScores:
-    """Edit once per episode, all in one pass, and look at the edited model (mend.md section 1).
+    """Edit once per episode, all in one pass, and look at the edited model.
+
+    The same as ``train_step`` of ``pymend/reference.py`` for each episode (paper, Algorithm 1).
 
     Args:
         outer: the edit loss is taken on the "rephrase", the "prompt", or the mean over "both".

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import torch
 
@@ -59,8 +60,28 @@ class EditorOptimizer:
             for name, value in values.items()
         }
 
-    def load(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Restore what :meth:`state` gave."""
+    def load(self, tensors: dict[str, torch.Tensor], where: Path, stepped: bool = True) -> None:
+        """Restore what :meth:`state` gave.
+
+        Args:
+            where: names the source in errors.
+            stepped: Adam had made a step; before its first one it has no moments.
+
+        Raises:
+            ValueError: names the first key that is missing, foreign or of another shape.
+        """
+        shapes: dict[str, torch.Size] = {}
+        for i, p in enumerate(self.parameters if stepped else []):
+            shapes |= {f"{i}.step": torch.Size(), f"{i}.exp_avg": p.shape}
+            shapes |= {f"{i}.exp_avg_sq": p.shape}
+        for name in sorted(shapes.keys() ^ tensors.keys()):
+            kind = "lacks" if name in shapes else "has the foreign key"
+            raise ValueError(f"{where} {kind} {name}; it was written for another editor")
+        for name, value in tensors.items():
+            if value.shape != shapes[name]:
+                raise ValueError(
+                    f"{where}: {name} is {tuple(value.shape)}, expected {tuple(shapes[name])}"
+                )
         state: dict[int, dict[str, torch.Tensor]] = {}
         for key, value in tensors.items():
             index, name = key.split(".")

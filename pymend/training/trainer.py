@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import random
@@ -9,6 +10,7 @@ import shutil
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -21,30 +23,45 @@ from tqdm.auto import tqdm
 
 from pymend.capture import NonFiniteError
 from pymend.config import EditRequest, TrainConfig, to_json
-from pymend.files import read_json, read_tensors, replacing, writable_dir, write_json, write_tensors
+from pymend.files import (
+    digest,
+    read_json,
+    read_tensors,
+    replacing,
+    writable_dir,
+    write_json,
+    write_tensors,
+)
 from pymend.mend import Mend, load_state
 from pymend.models import frozen
 from pymend.replay import Replay
-from pymend.tokens import Encoder
+from pymend.tokens import EncodedRequest, Encoder
 from pymend.training.episodes import EpisodeScores, Sampler, run_episodes
 from pymend.training.optim import EditorOptimizer
+
+MAX_SKIPPED = 20  # steps in a row without a finite gradient before a run gives up
+PROGRESS = ("step", "best_step", "skipped", "skipped_in_row")  # counters that a checkpoint keeps
 
 
 class Trainer:
     """Trains ``mend`` on ``train_data`` for ``model``, which is the same, bit for bit, afterwards.
 
-    ``output`` receives the best editor (by validation loss; the last one without ``eval_data``),
-    ``metrics.jsonl`` and ``checkpoints/``. A run that was interrupted or killed and then resumed
-    equals one that was not, bit for bit on a CPU.
+    A run that was interrupted or killed and then resumed equals one that was not, bit for bit on a
+    CPU.
 
     Args:
+        output: folder that receives the best editor (by validation loss; the last one without
+            ``eval_data``), ``metrics.jsonl`` and ``checkpoints/``.
         resume: continue from the last checkpoint in ``output``, if there is one.
         progress: show a progress bar.
+        chat: put prompts through the tokenizer's chat template.
 
     Raises:
-        ValueError: data that cannot be used, or a checkpoint of another run.
+        ValueError: data that cannot be used, ``chat`` with a tokenizer that has no chat template,
+            or a checkpoint that is damaged or of another run; ``mend`` is as it was.
         PermissionError: ``output`` cannot be written.
-        FileExistsError: ``output`` holds checkpoints and ``resume`` was not asked for.
+        FileExistsError: ``output`` holds checkpoints and ``resume`` was not asked for, or an editor
+            without checkpoints.
     """
 
     def __init__(
@@ -70,8 +87,18 @@ class Trainer:
         held_out = encoder.requests(eval_data[: config.eval_records])
         whole = len(held_out) // edits * edits
         groups = [held_out[i : i + edits] for i in range(0, whole, edits)]
-        draw = Sampler(held_out, 1, 1, 0).episode if held_out else None
+        draw = Sampler(held_out, edits, 1, 0).episode if groups else None
         self.eval_episodes = [draw(g, random.Random(i)) for i, g in enumerate(groups) if draw]
+        # What must agree between a checkpoint and the run that resumes it.
+        self.run_id: dict[str, Any] = {
+            "train": to_json(config),
+            "mend": to_json(mend.config),
+            "model_fingerprint": mend.model_fingerprint,
+            "records": len(train),
+            "data": _data_digest(train),
+            "eval_data": _data_digest(held_out),
+            "chat": chat,
+        }
         self.replay = Replay(model, mend.weights, keep=config.prefix_cache == "memory")
         self.eval_replay = Replay(model, mend.weights, keep=True)
         self.optimizer = EditorOptimizer(mend, config)
@@ -82,12 +109,18 @@ class Trainer:
         self.best_loss = math.inf
         self.best_step = 0
         self.skipped = 0
+        self.skipped_in_row = 0
         self._stop = False
         last = self._last_checkpoint()
         if last is not None and not resume:
             raise FileExistsError(
                 f"{self.output} holds the checkpoint {last.name}; pass resume to continue it, or "
                 "choose another output folder"
+            )
+        if last is None and (self.output / "editor.json").exists():
+            raise FileExistsError(
+                f"{self.output} holds an editor, and no checkpoint to continue it from; move it "
+                "away or choose another output folder"
             )
         if last is not None:
             self._load(last)
@@ -103,28 +136,49 @@ class Trainer:
     # -- the loop ----------------------------------------------------------------------------
 
     def train(self) -> Mend:
-        """Run to ``config.steps``, or until validation stops improving; return the best editor."""
+        """Run to ``config.steps``, or until validation stops improving; return the best editor.
+
+        A step whose gradients are not finite changes nothing; it is counted, and a warning names
+        the reason.
+
+        Raises:
+            RuntimeError: ``MAX_SKIPPED`` such steps in a row.
+            KeyboardInterrupt: Ctrl-C; the running step was finished, and a checkpoint written.
+        """
         config = self.config
         bar = tqdm(total=config.steps, initial=self.step, desc="train", disable=not self.progress)
         with frozen(self.model), self._finish_step_on_interrupt(), bar:
             while self.step < config.steps and not self._out_of_patience() and not self._stop:
                 begin = time.perf_counter()
-                scores, norm = self._update()
-                self.step += 1
-                if norm is None:
+                scores: dict[str, float] = {}
+                norm = reason = None
+                try:
+                    scores, norm = self._update()
+                    self.skipped_in_row = 0
+                except NonFiniteError as error:
+                    reason = error
                     self.skipped += 1
+                    self.skipped_in_row += 1
+                self.step += 1
                 line = {"step": self.step, **scores, "grad_norm": norm, "skipped": self.skipped}
                 line["alpha"] = float(self.mend.editor.alpha.detach().mean())
                 self._log(line, seconds=time.perf_counter() - begin)
                 bar.update()
-                bar.set_postfix({k: f"{v:.3f}" for k, v in scores.items() if k != "loss"})
+                shown = {k: f"{v:.3f}" for k, v in scores.items() if k != "loss"}
+                bar.set_postfix({**shown, "skipped": self.skipped})
+                if reason:
+                    self._warn_of_skip(reason)
 
                 due = self.step % config.eval_every == 0 or self.step == config.steps
                 if due and self.eval_episodes:
                     self._validate()
                     bar.write(self._summary())
-                if self.step % config.save_every == 0 or self.step == config.steps or self._stop:
+                # The first editor has a checkpoint beside it, or its run could not be resumed.
+                first = self.best_step and self._last_checkpoint() is None
+                if self.step % config.save_every == 0 or self.step == config.steps or first:
                     self._save()
+            if self._stop:
+                self._save()
         if self._stop:
             raise KeyboardInterrupt(
                 f"stopped after step {self.step}; run again with resume to continue"
@@ -133,17 +187,32 @@ class Trainer:
             self.mend.save_pretrained(self.output)
         return Mend.from_pretrained(self.output, self.mend.editor.alpha.device)
 
-    def _update(self) -> tuple[dict[str, float], float | None]:
-        """One optimiser step: its scores and gradient norm, or neither if it had to be skipped."""
+    def _update(self) -> tuple[dict[str, float], float]:
+        """One optimiser step: its scores and gradient norm.
+
+        Raises:
+            NonFiniteError: it has to be skipped; parameters and running moments are as before.
+        """
+        moments = [buffer.clone() for buffer in self.mend.editor.buffers()]
         try:
             parts = self._accumulate(self.sampler.step(self.step))
+            norm = self.optimizer.step(self.step)
+            if not math.isfinite(norm):
+                raise NonFiniteError(f"the norm of the editor's gradient is {norm}")
         except NonFiniteError:
             self.optimizer.discard()
-            return {}, None
-        norm = self.optimizer.step(self.step)
-        if not math.isfinite(norm):
-            return {}, None
+            for buffer, before in zip(self.mend.editor.buffers(), moments, strict=True):
+                buffer.copy_(before)
+            raise
         return {name: sum(p[name] for p in parts) / len(parts) for name in parts[0]}, norm
+
+    def _warn_of_skip(self, reason: NonFiniteError) -> None:
+        warnings.warn(f"step {self.step} was skipped: {reason}", stacklevel=3)
+        if self.skipped_in_row >= MAX_SKIPPED:
+            raise RuntimeError(
+                f"{self.skipped_in_row} steps in a row were skipped, the last because {reason}; "
+                "lower lr, or load the model in float32"
+            ) from reason
 
     def _accumulate(self, episodes: Sequence[Any]) -> list[dict[str, float]]:
         """Gradients of the mean loss over ``episodes``, in ``config.accumulate`` passes."""
@@ -178,7 +247,8 @@ class Trainer:
         if self.last_eval.get("loss", math.inf) < self.best_loss:
             self.best_loss, self.best_step = self.last_eval["loss"], self.step
             self.mend.save_pretrained(self.output)
-        self._log({"step": self.step, "eval": self.last_eval, "best_step": self.best_step})
+        scores = {k: v if math.isfinite(v) else None for k, v in self.last_eval.items()}
+        self._log({"step": self.step, "eval": scores, "best_step": self.best_step})
 
     @torch.no_grad()
     def _evaluate(self) -> dict[str, float]:
@@ -204,15 +274,6 @@ class Trainer:
 
     # -- state -------------------------------------------------------------------------------
 
-    def _run_id(self) -> dict[str, Any]:
-        """What must agree between a checkpoint and the run that resumes it."""
-        return {
-            "train": to_json(self.config),
-            "mend": to_json(self.mend.config),
-            "model_fingerprint": self.mend.model_fingerprint,
-            "records": len(self.sampler.records),
-        }
-
     def _last_checkpoint(self) -> Path | None:
         return max(self.checkpoints.glob("step-*[0-9]"), default=None)
 
@@ -221,33 +282,43 @@ class Trainer:
         path = self.checkpoints / f"step-{self.step:08d}"
         if path.exists():
             return
-        scratch = writable_dir(self.checkpoints / f"{path.name}.tmp")
-        write_tensors(scratch / "editor.safetensors", self.mend.editor.state_dict())
-        write_tensors(scratch / "optimizer.safetensors", self.optimizer.state())
-        names = ("step", "best_step", "skipped")
-        best = None if math.isinf(self.best_loss) else self.best_loss
-        state = {"best_loss": best, **{n: getattr(self, n) for n in names}}
-        write_json(scratch / "state.json", {**state, "run": self._run_id()})
+        scratch = self.checkpoints / f"{path.name}.tmp"
+        shutil.rmtree(scratch, ignore_errors=True)  # left by a run that was killed
+        writable_dir(scratch)
+        state = self._state()
+        tie = digest(state)
+        write_json(scratch / "state.json", state)
+        write_tensors(scratch / "editor.safetensors", self.mend.editor.state_dict(), tie)
+        write_tensors(scratch / "optimizer.safetensors", self.optimizer.state(), tie)
         scratch.rename(path)
         for old in self.checkpoints.glob("step-*"):
             if old != path:
                 shutil.rmtree(old)
 
+    def _state(self) -> dict[str, Any]:
+        """What a checkpoint's ``state.json`` holds."""
+        best = None if math.isinf(self.best_loss) else self.best_loss
+        counters = {name: getattr(self, name) for name in PROGRESS}
+        return {"best_loss": best, **counters, "run": self.run_id}
+
     def _load(self, path: Path) -> None:
+        """Restore a checkpoint; the editor changes last, when all files have proved sound."""
+        files = [path / f"{name}.safetensors" for name in ("editor", "optimizer")]
         state = read_json(path / "state.json")
-        own = self._run_id()
-        for part, value in own.items():
-            if state["run"].get(part) != value:
-                raise ValueError(
-                    f"{path} is of another run: its {part} differ; "
-                    "repeat that run's settings or choose another output folder"
-                )
-        editor = read_tensors(path / "editor.safetensors")
-        optimizer = read_tensors(path / "optimizer.safetensors")
-        load_state(self.mend.editor, editor, path / "editor.safetensors")
-        self.optimizer.load(optimizer)
-        self.step, self.best_step = state["step"], state["best_step"]
-        self.skipped = state["skipped"]
+        for name in sorted(self._state().keys() ^ state.keys()):
+            kind = "has the foreign key" if name in state else "lacks"
+            raise ValueError(f"{path / 'state.json'} {kind} {name}; choose another output folder")
+        editor, optimizer = (read_tensors(file, digest(state)) for file in files)
+        if state["run"] != self.run_id:
+            parts, settings = _differences(state["run"], self.run_id)
+            raise ValueError(
+                f"{path} is of another run: its {parts} differ ({settings}); "
+                "repeat that run's settings or choose another output folder"
+            )
+        self.optimizer.load(optimizer, files[1], stepped=state["step"] > state["skipped"])
+        load_state(self.mend.editor, editor, files[0])
+        for name in PROGRESS:
+            setattr(self, name, state[name])
         self.best_loss = math.inf if state["best_loss"] is None else state["best_loss"]
 
     def _start_log(self) -> None:
@@ -278,6 +349,27 @@ class Trainer:
             yield
         finally:
             signal.signal(signal.SIGINT, former)
+
+
+def _data_digest(records: Sequence[EncodedRequest]) -> str:
+    """A short name of what training draws from ``records``."""
+    state = hashlib.sha256()
+    for r in records:
+        state.update(repr((r.edit, r.rephrases, r.locality, r.old)).encode())
+    return state.hexdigest()[:16]
+
+
+def _differences(a: dict[str, Any], b: dict[str, Any]) -> tuple[str, str]:
+    """Which parts of two runs differ, and which settings in them: ``train``, ``train.lr``."""
+    parts = [part for part in {**a, **b} if a.get(part) != b.get(part)]
+    settings = []
+    for part in parts:
+        x, y = a.get(part), b.get(part)
+        if isinstance(x, dict) and isinstance(y, dict):
+            settings += [f"{part}.{k}" for k in {**x, **y} if x.get(k) != y.get(k)]
+        else:
+            settings.append(part)
+    return ", ".join(parts), ", ".join(settings)
 
 
 def _step_of(line: str) -> float:
