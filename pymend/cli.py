@@ -39,6 +39,7 @@ logger = logging.getLogger("pymend")
 T = TypeVar("T", MendConfig, TrainConfig)
 
 HELD_OUT = 1000  # records of a training file kept for validation, at most: its last tenth
+STRENGTH = "factor of the learned step sizes; below 1: fewer edits take, less else changes"
 NOT_SETTINGS = ("command", "run", "config", "preset", "resume")  # of what config.yaml records
 
 HELP = {
@@ -56,6 +57,7 @@ HELP = {
     "seed": "seed of the editor's start and of the sampling",
     "eval_every": "steps between validations",
     "eval_records": "validation records",
+    "keep": "which editor is saved: of the lowest validation loss, or the last",
     "patience": "validations without a better loss before stopping; 0: never",
     "save_every": "steps between checkpoints",
     "prefix_cache": "keep the states below the edited blocks in memory across epochs",
@@ -223,6 +225,7 @@ def _parsers() -> tuple[_Parser, argparse.ArgumentParser]:
     edit = commands.add_parser("edit", help="edit facts with a trained editor")
     edit.set_defaults(run=_edit)
     edit.add_argument("--editor", required=True, metavar="DIR", help="what train wrote")
+    edit.add_argument("--strength", type=float, default=1.0, help=STRENGTH)
     edit.add_argument("--prompt", action="append", default=[], help="may be repeated")
     edit.add_argument("--target", action="append", default=[], help="new answer, one per prompt")
     edit.add_argument("--data", help="take the records of a file in place of --prompt")
@@ -234,6 +237,7 @@ def _parsers() -> tuple[_Parser, argparse.ArgumentParser]:
     evaluate = commands.add_parser("eval", help="measure a trained editor")
     evaluate.set_defaults(run=_eval)
     evaluate.add_argument("--editor", required=True, metavar="DIR", help="what train wrote")
+    evaluate.add_argument("--strength", type=float, default=1.0, help=STRENGTH)
     evaluate.add_argument("--data", required=True, help="facts (the test split), or a file")
     evaluate.add_argument("--limit", type=int, help="only the first records")
     evaluate.add_argument("--output", metavar="FILE", help="write the results as JSON")
@@ -389,7 +393,7 @@ def _edit(args: argparse.Namespace) -> None:
     if args.output:
         writable_dir(args.output)
     merged = _new_folder(args.merge) if args.merge else None
-    mend = Mend.from_pretrained(args.editor)
+    mend = Mend.from_pretrained(args.editor).scale_(args.strength)
     model, tokenizer = _model(args)
     edit = mend.edit(model, tokenizer, requests, args.chat)
     encoder = Encoder.for_model(model, tokenizer, args.chat)
@@ -473,13 +477,13 @@ def _eval(args: argparse.Namespace) -> None:
     data = load_records(args.data, split="test")[: args.limit]
     text = _text(args.ppl_text) if args.ppl_text else None
     output = _file(args.output) if args.output else None
-    mend = Mend.from_pretrained(args.editor)
+    mend = Mend.from_pretrained(args.editor).scale_(args.strength)
     model, tokenizer = _model(args)
     metrics = evaluate(mend, model, tokenizer, data, args.batch_size, text, args.chat).to_dict()
     print(metrics_table(metrics))
     print(metrics["protocol"])
     if output:
-        source = {"model": args.model, "editor": args.editor, "data": args.data}
+        source = {n: getattr(args, n) for n in ("model", "editor", "data", "strength")}
         write_json(output, {**metrics, "source": source})
         print(f"written to {output}")
 

@@ -103,6 +103,7 @@ class TrainConfig:
     eval_every: int = 100  # steps
     eval_records: int = 200
     patience: int = 0  # evaluations without a better loss before stopping; 0: never
+    keep: Literal["best", "last"] = "best"  # the editor of the lowest validation loss, or the last
     save_every: int = 100  # steps
     prefix_cache: Literal["none", "memory"] = "none"
 

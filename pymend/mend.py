@@ -7,6 +7,7 @@ edit      W~ = W - alpha * sum_t d~_t u~_t^T, kept as factors
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -200,6 +201,20 @@ class Mend:
             )
         self.editor.to(next(model.parameters()).device)
         return own
+
+    def scale_(self, strength: float) -> Mend:
+        """Multiply every step size by ``strength``, in place, and return the editor.
+
+        Below 1 edits take less often and disturb less; 1 is as trained.
+
+        Raises:
+            ValueError: ``strength`` is not positive and finite.
+        """
+        if not 0 < strength < math.inf:
+            raise ValueError(f"strength is {strength}; it must be above 0 and finite")
+        with torch.no_grad():
+            self.editor.alpha *= strength
+        return self
 
     # -- files -------------------------------------------------------------------------------
 

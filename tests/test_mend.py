@@ -408,3 +408,15 @@ def test_training_step_parity_with_the_official_code(case: str) -> None:
     for key, net in mend.editor.nets.items():
         final = under(tensors, f"final.{reference_key(mend, key)}.")
         assert_moments(net, final, f"final {key}", 1e-5)
+
+
+def test_strength_scales_every_step_size() -> None:
+    model = gpt2()
+    mend = tiny_mend(model)
+    before = mend.editor.alpha.detach().clone()
+    assert mend.scale_(0.5) is mend
+    assert torch.equal(mend.editor.alpha, before / 2)
+    for wrong in (0.0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="strength"):
+            mend.scale_(wrong)
+    assert torch.equal(mend.editor.alpha, before / 2)

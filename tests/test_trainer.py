@@ -502,6 +502,12 @@ def test_the_best_editor_is_kept(tmp_path: Path) -> None:
     assert [x["best_step"] for x in log_of(tmp_path) if "eval" in x] == [2, 4, 4]
 
 
+def test_the_last_editor_is_kept_on_demand(tmp_path: Path) -> None:
+    run = scripted(trainer(tmp_path, replace(SMALL, keep="last")), [3.0, 1.0, 2.0])
+    for name, value in run.train().editor.state_dict().items():
+        assert torch.equal(value, run.mend.editor.state_dict()[name]), name
+
+
 def test_a_validation_loss_that_is_no_number_is_logged_as_null(tmp_path: Path) -> None:
     scripted(trainer(tmp_path), [float("nan"), 1.0, float("inf")]).train()
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()

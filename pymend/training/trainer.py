@@ -183,7 +183,8 @@ class Trainer:
             raise KeyboardInterrupt(
                 f"stopped after step {self.step}; run again with resume to continue"
             )
-        if not self.best_step:  # no validation, or none with a finite loss
+        # Without validation, or without one of a finite loss, the last editor is all there is.
+        if config.keep == "last" or not self.best_step:
             self.mend.save_pretrained(self.output)
         return Mend.from_pretrained(self.output, self.mend.editor.alpha.device)
 
