@@ -47,18 +47,20 @@ class Settings:
 
 FULL = Settings(
     train=TrainConfig(
-        steps=400,
+        steps=600,
         batch_size=8,
         lr=3e-5,
         alpha_lr=3e-5,
+        c_edit=0.3,
         schedule="cosine",
         warmup=30,
         eval_every=100,
         eval_records=64,
         save_every=100,
+        keep="last",
     ),
     mend=MendConfig(rank=512),
-    test_records=100,
+    test_records=60,
     shown=6,
     searched=6,
 )
