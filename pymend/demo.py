@@ -47,7 +47,7 @@ class Settings:
 
 FULL = Settings(
     train=TrainConfig(
-        steps=600,
+        steps=400,
         batch_size=8,
         lr=3e-5,
         alpha_lr=3e-5,

@@ -22,6 +22,7 @@ from pymend.models import EditedWeight, lowest_block
 from pymend.tokens import Batch, Row
 
 HEAD_ROWS = 4  # fewest rows the head is given, if more than one
+PASS_TOKENS = 64  # padding that costs about as much as another pass
 GROUP_TOKENS = 2048  # tokens of one prefix pass; more gains nothing, and memory grows
 
 
@@ -59,8 +60,9 @@ class Replay:
         )
         group: list[tuple[int, ...]] = []
         for ids in todo:
-            longer = group and len(ids) > 1.25 * len(group[0]) + 1
-            if longer or (group and (len(group) + 1) * len(ids) > GROUP_TOKENS):
+            padding = len(ids) * len(group) - sum(map(len, group))
+            full = (len(group) + 1) * len(ids) > GROUP_TOKENS
+            if group and (full or padding > PASS_TOKENS):
                 self._record(group)
                 group = []
             group.append(ids)
