@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest
 ASAN := build/asan
 CXX ?= c++
 
-.PHONY: setup build style quality test test-slow emu asan demo wheel bench
+.PHONY: setup build style quality test test-slow emu asan demo wheel bench gpu gpu-dry-run
 
 setup:  ## .venv with torch, dependencies and the package; TORCH=... and PYTHON=... override
 	@tools/setup.sh
@@ -52,3 +52,9 @@ wheel: setup  ## dist/*.whl, for every Python from 3.10 on
 
 bench: build
 	$(PYTEST) benchmarks
+
+gpu:  ## OUT=folder: everything about one GPU in 9 minutes; needs its own torch, no set-up
+	python3 benchmarks/gpu.py $(if $(OUT),"$(OUT)",$(error name a folder: make gpu OUT=folder))
+
+gpu-dry-run: build  ## the same stages on a CPU at tiny sizes, into build/gpu-dry-run; measures nothing
+	python3 benchmarks/gpu.py --dry-run "$(or $(OUT),build/gpu-dry-run)"

@@ -8,6 +8,8 @@
 
 #include <cuda_runtime.h>
 
+#include <cstdint>
+
 namespace pymend {
 
 using Stream = cudaStream_t;
@@ -16,6 +18,16 @@ template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), int64_t grid, int block, size_t shared, Stream stream,
             const Arguments&... arguments) {
   kernel<<<static_cast<unsigned>(grid), block, shared, stream>>>(arguments...);
+}
+
+// Tensor cores: c += a b^T for a [16, 16], b [8, 16] of bfloat16 pairs along k, c [16, 8] of float. With g = lane / 4 and
+// t = lane % 4 a lane holds a: (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8); b: (g, 2t), (g, 2t + 8); c: (g, 2t),
+// (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1). All lanes of the warp must call it.
+__device__ __forceinline__ void mma_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
 template <typename T>

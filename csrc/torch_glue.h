@@ -54,7 +54,7 @@ inline void check_operand(const std::string& argument, const Tensor& tensor, Sca
                           const std::vector<int64_t>& shape) {
   PYMEND_CHECK(tensor.scalar_type() == dtype, argument, " has dtype ", name_of(tensor.scalar_type()), ", expected ",
                name_of(dtype));
-  PYMEND_CHECK(tensor.device() == beside.device(), argument, " is on another device than weights[0]");
+  PYMEND_CHECK(tensor.device() == beside.device(), argument, " is on another device than the first operand");
   bool same = tensor.dim() == static_cast<int64_t>(shape.size());
   for (size_t i = 0; same && i < shape.size(); ++i) same = shape[i] < 0 || tensor.size(i) == shape[i];
   std::string expected;

@@ -27,7 +27,13 @@ except ImportError as error:
     _missing = str(error)
 
 # (op, device type) of the kernels that have been measured there and win over torch.
-_MEASURED = {("rank_update", "cpu")}
+_MEASURED = {
+    ("editor_mlp", "cpu"),
+    ("factored_adam", "cpu"),
+    ("moments", "cpu"),
+    ("rank_update", "cpu"),
+    ("token_losses", "cpu"),
+}
 _warned = False
 
 
@@ -46,6 +52,18 @@ def build_info() -> dict[str, str]:
     return dict(item.split("=", 1) for item in _C.build_info.split()) if _C is not None else {}
 
 
+def gate() -> str:
+    """The value of PYMEND_KERNELS.
+
+    Raises:
+        ValueError: it is none of the values above.
+    """
+    value = os.environ.get("PYMEND_KERNELS", "default")
+    if value not in ("default", "all", "off"):
+        raise ValueError(f"PYMEND_KERNELS is {value!r}, expected 'default', 'all' or 'off'")
+    return value
+
+
 def use_kernel(op: str, device: torch.device) -> bool:
     """Whether ``op`` runs natively on ``device``; if not, its ``eager`` form does.
 
@@ -53,10 +71,8 @@ def use_kernel(op: str, device: torch.device) -> bool:
         ValueError: PYMEND_KERNELS is none of the values above.
     """
     global _warned
-    gate = os.environ.get("PYMEND_KERNELS", "default")
-    if gate not in ("default", "all", "off"):
-        raise ValueError(f"PYMEND_KERNELS is {gate!r}, expected 'default', 'all' or 'off'")
-    if gate == "off" or device.type not in ("cpu", "cuda"):
+    value = gate()
+    if value == "off" or device.type not in ("cpu", "cuda"):
         return False
     if not has_kernels():
         if not _warned:
@@ -70,4 +86,4 @@ def use_kernel(op: str, device: torch.device) -> bool:
         return False
     if device.type == "cuda" and not has_cuda_kernels():
         return False
-    return gate == "all" or (op, device.type) in _MEASURED
+    return value == "all" or (op, device.type) in _MEASURED

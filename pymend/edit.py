@@ -164,8 +164,12 @@ class Edit:
 
     # -- into the weights --------------------------------------------------------------------
 
-    def merge_(self, model: nn.Module) -> float:
+    def merge_(self, model: nn.Module, seed: int | None = None) -> float:
         """Write the edit into ``model``'s weights, in place and in their dtype.
+
+        Args:
+            seed: round bfloat16 and float16 weights at random, repeatably: an edit below half a
+                step survives on average, at the price of noise. None: to the nearest value.
 
         Returns:
             The smallest share over the weights of the wanted change that survived the rounding:
@@ -194,6 +198,7 @@ class Edit:
                     ],
                     torch.stack([f.alpha for f in factors]),
                     [w.transposed for w in self.weights],
+                    seed,
                 )
             except BaseException:
                 for name, p in parameters.items():
@@ -203,7 +208,7 @@ class Edit:
         self._model = weakref.ref(model)
         _merged.setdefault(model, []).append(self)
         kept = float(fidelity.min()) if len(fidelity) else 1.0
-        if kept < LOSSY:
+        if kept < LOSSY and seed is None:
             warnings.warn(
                 f"only {kept:.0%} of the wanted change survived rounding to "
                 f"{next(iter(parameters.values())).dtype}; the edit may not work, use applied()",

@@ -23,8 +23,9 @@ from pymend.config import EditRequest, MendConfig, from_json, to_json
 from pymend.edit import Edit, LowRank, Outcome, fingerprint
 from pymend.editor import Editor
 from pymend.files import digest, read_json, read_tensors, writable_dir, write_json, write_tensors
-from pymend.losses import hits_rows, nll_rows
+from pymend.losses import hits_rows, mean_of_seen, nll_rows
 from pymend.models import EditedWeight, find_weights, frozen, weight_of
+from pymend.ops.token_losses import token_losses
 from pymend.replay import Replay
 from pymend.tokens import Batch, Encoder, Row
 
@@ -213,7 +214,7 @@ class Mend:
         if not 0 < strength < math.inf:
             raise ValueError(f"strength is {strength}; it must be above 0 and finite")
         with torch.no_grad():
-            self.editor.alpha *= strength
+            self.editor.alpha.mul_(strength)
         return self
 
     # -- files -------------------------------------------------------------------------------
@@ -281,13 +282,13 @@ def _outcomes(
     n = len(rows)
     looks = []
     with torch.no_grad():
-        before = replay.logits(batch)
+        before = token_losses(replay.logits(batch), batch.target)
         with edit.applied(replay.model):
-            after = replay.logits(batch)
-    for logits in (before, after):
-        probability = (-nll_rows(logits, batch.target, batch.row, n)).exp().tolist()
-        hits = hits_rows(logits, batch.target, batch.row, n).tolist()
-        best = logits.argmax(-1).cpu()
+            after = token_losses(replay.logits(batch), batch.target)
+    for look in (before, after):
+        probability = (-mean_of_seen(look.nll, batch.target, batch.row, n)).exp().tolist()
+        hits = hits_rows(look.best, batch.target, batch.row, n).tolist()
+        best = look.best.cpu()
         answers = [encoder.tokenizer.decode(best[batch.row.cpu() == i]) for i in range(n)]
         looks.append(list(zip(probability, answers, hits, strict=True)))
     return tuple(

@@ -129,11 +129,12 @@ def kl(base_logits: Tensor, edited_logits: Tensor, mask: Tensor) -> Tensor:
 
     Args:
         base_logits, edited_logits: [B, T, V]; mask: [B, T], non-zero where a position counts.
-            The base side is a constant.
+            The base side is a constant. A token whose p is 0 adds nothing.
     """
     log_p = _at_least_float32(base_logits.detach()).log_softmax(-1)
     log_q = _at_least_float32(edited_logits).log_softmax(-1)
-    per_position = (log_p.exp() * (log_p - log_q)).sum(-1)
+    p = log_p.exp()
+    per_position = torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(-1)
     mask = mask.to(per_position.dtype)
     return (per_position * mask).sum() / mask.sum()
 
@@ -428,6 +429,29 @@ def rank_update(
     """
     gradient = torch.einsum("tb,ta->ba", delta, u)
     return (W - alpha * (gradient.T if transposed else gradient)).to(W.dtype)
+
+
+def adam(
+    param: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    gradient: Tensor,
+    step: int,
+    *,
+    lr: float,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Step number ``step`` (from 1) of Adam (Kingma & Ba 2015, Algorithm 1), the outer optimiser.
+
+    Returns:
+        The new param, exp_avg and exp_avg_sq.
+    """
+    exp_avg = beta1 * exp_avg + (1 - beta1) * gradient
+    exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * gradient**2
+    mean, mean_square = exp_avg / (1 - beta1**step), exp_avg_sq / (1 - beta2**step)
+    return param - lr * mean / (mean_square.sqrt() + eps), exp_avg, exp_avg_sq
 
 
 def nets_for(

@@ -8,8 +8,8 @@ norm and the head run as the model wrote them. The head sees label rows only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from pymend.models import EditedWeight, lowest_block
+from pymend.models import EditedWeight, forwards, lowest_block
 from pymend.tokens import Batch, Row
 
 HEAD_ROWS = 4  # fewest rows the head is given, if more than one
@@ -83,7 +83,7 @@ class Replay:
         handle = self.blocks[self.cut - 1].register_forward_hook(keep)
         try:
             # The rest of the model would be thrown away: skip its blocks and give the head no row.
-            with _forwards(self.blocks[self.cut :], lambda *_, **__: output):
+            with forwards(dict.fromkeys(self.blocks[self.cut :], lambda *_, **__: output)):
                 self._run(batch, batch.row[:0], batch.position[:0])
         finally:
             handle.remove()
@@ -110,8 +110,8 @@ class Replay:
                     states = [self._states[row.inputs][k] for row in batch.rows]
                     leaves[j] = pad_sequence(states, batch_first=True)
                 record = tree_unflatten(leaves, spec)
-                below = self.blocks[: self.cut]
-                stack.enter_context(_forwards(below, lambda *_, **__: record))
+                below = dict.fromkeys(self.blocks[: self.cut], lambda *_, **__: record)
+                stack.enter_context(forwards(below))
             return self._run(batch, batch.row, batch.position)
 
     def _run(self, batch: Batch, row: Tensor, position: Tensor) -> Tensor:
@@ -131,20 +131,3 @@ class Replay:
             if handle is not None:
                 handle.remove()
         return logits[0, : len(row)] if head is not None else logits[row, position]
-
-
-@contextmanager
-def _forwards(blocks: Iterable[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
-    """Let every block return what ``forward`` gives; their own methods come back at the end."""
-    blocks = list(blocks)
-    former = [block.__dict__.get("forward") for block in blocks]
-    try:
-        for block in blocks:
-            block.forward = forward  # type: ignore[method-assign]
-        yield
-    finally:
-        for block, method in zip(blocks, former, strict=True):
-            if method is None:
-                block.__dict__.pop("forward", None)
-            else:
-                block.forward = method  # type: ignore[method-assign]

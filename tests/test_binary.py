@@ -23,7 +23,19 @@ needs_cuda_build = pytest.mark.skipif(not _lib.has_cuda_kernels(), reason="built
 
 # Registers per thread that a kernel may use, on any architecture; spills and stack frames: none.
 # 65,536 registers over 256 threads: 128 leave room for two blocks, 80 for three.
-REGISTERS = {"rank_update_kernel": {"d": 128, "*": 80}, "fidelity_kernel": {"*": 40}}
+REGISTERS = {
+    "rank_update_kernel": {"d": 128, "*": 80},
+    "fidelity_kernel": {"*": 40},
+    "rank_update_mma_kernel": {"*": 128},
+    "live_rows_kernel": {"*": 40},
+    "moments_kernel": {"*": 80},
+    "editor_mlp_kernel": {"*": 64},
+    "editor_mlp_backward_kernel": {"*": 64},
+    "editor_mlp_bias_kernel": {"*": 40},
+    "factored_adam_kernel": {"*": 80},
+    "token_losses_kernel": {"d": 128, "*": 80},
+    "token_losses_backward_kernel": {"d": 80, "*": 48},
+}
 
 FIBER_HEADERS = ("boost/context/", "ucontext.h", "sanitizer/")
 

@@ -367,6 +367,26 @@ def test_low_precision_models(family: str, dtype: torch.dtype, tmp_path: Path) -
     assert_same_bits(model, before)
 
 
+def test_random_rounding_keeps_a_small_edit() -> None:
+    """Far below half a step, rounding to nearest loses all of it, random rounding nothing."""
+    model = gpt2(dtype=torch.bfloat16)
+    edit = seasoned_mend(model).edit(model, tokenizer(), facts(1)[0])
+    for f in edit.factors.values():
+        f.alpha.data.mul_(1e-3)
+    before = snapshot(model)
+    with pytest.warns(UserWarning, match="survived rounding"):
+        assert edit.merge_(model) < 0.5
+    edit.unmerge_(model)
+    kept = edit.merge_(model, seed=1)
+    assert 0.5 < kept < 1.5  # 1 on average
+    merged = snapshot(model)
+    edit.unmerge_(model)
+    assert_same_bits(model, before)
+    assert edit.merge_(model, seed=1) == kept
+    assert_same_bits(model, merged)
+    edit.unmerge_(model)
+
+
 def test_the_fingerprint_names_the_weights_and_not_their_dtype() -> None:
     model = gpt2(dtype=torch.bfloat16)
     weights = find_weights(model)

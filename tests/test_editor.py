@@ -46,7 +46,7 @@ def check_recorded(
         values = under(tensors, prefix)
         u, delta = ref.kept_rows(values["u"], values["delta"])
         which = torch.full((len(u),), mode)
-        return values, net(u, delta, which, [len(u)] if train else None)
+        return values, net([u], [delta], [len(u)], which, train)
 
     for i, mode in enumerate(modes):
         values, (u, delta) = call(f"train{i}.", mode, train=True)
@@ -92,53 +92,61 @@ def test_own_transform_fixtures(case: str) -> None:
 # ------------------------------------------------------------------------------------ moments
 
 
+def take(moments: RunningMoments, x: Tensor, counts: list[int], merge: bool = True) -> Tensor:
+    """Rows of one weight whose u is the first dimension and whose delta is the others."""
+    return moments([x[:, :1]], [x[:, 1:]], counts, merge, x.dtype)
+
+
 def test_moments_equal_mean_and_variance_of_all_rows() -> None:
     x = torch.randn(50, 4, dtype=f64) * torch.tensor([1, 1e-4, 1e3, 1]) + torch.tensor([0, 3, 5, 9])
     moments = RunningMoments(4)
     for part, counts in ((x[:20], [1, 0, 19]), (x[20:], [30])):
-        moments.merge_and_normalise(part, counts)
+        take(moments, part, counts)
     assert moments.count == 50 and moments.count.dtype == torch.int64
     assert_close(moments.mean, x.mean(0), "mean", 1e-14)
     assert_close(moments.m2 / 49, x.var(0), "variance", 1e-14)
     expected = (x - x.mean(0)) / (x.std(0) + 1e-7)
-    assert_close(moments.normalise(x), expected, "normalised", 1e-9)
+    assert_close(take(moments, x, [50], merge=False), expected, "normalised", 1e-9)
 
 
 def test_a_segment_is_normalised_with_itself_included_and_no_later_one() -> None:
     x = torch.randn(9, 3, dtype=f64)
     moments = RunningMoments(3)
-    out = moments.merge_and_normalise(x, [4, 5])
+    out = take(moments, x, [4, 5])
     alone = RunningMoments(3)
-    assert torch.equal(out[:4], alone.merge_and_normalise(x[:4], [4]))
-    assert torch.equal(out[4:], alone.merge_and_normalise(x[4:], [5]))
+    assert torch.equal(out[:4], take(alone, x[:4], [4]))
+    assert torch.equal(out[4:], take(alone, x[4:], [5]))
 
 
 def test_a_dimension_that_never_moved_normalises_to_zero() -> None:
+    rows = torch.tensor([[5.0, 1e4], [5.0, 1e4 + 2e-3]]).double()
     moments = RunningMoments(2)
-    moments.merge_and_normalise(torch.tensor([[5.0, 1e4], [5.0, 1e4 + 2e-3]]).double(), [2])
-    assert moments.normalise(torch.full((1, 2), 7.0)).tolist() == [[0.0, 0.0]]
-    official = RunningMoments(1, official=True)
-    official.merge_and_normalise(torch.tensor([[5.0], [5.0]]), [2])
-    assert official.normalise(torch.tensor([[6.0]])).item() == pytest.approx(1e7)
+    take(moments, rows, [2])
+    sevens = torch.full((1, 2), 7.0)
+    assert take(moments, sevens, [1], merge=False).tolist() == [[0.0, 0.0]]
+    official = RunningMoments(2, official=True)
+    take(official, torch.full((2, 2), 5.0), [2])
+    assert take(official, sevens, [1], merge=False).tolist() == [[pytest.approx(2e7)] * 2]
 
 
 def test_one_row_normalises_to_zero() -> None:
     moments = RunningMoments(2)
-    out = moments.merge_and_normalise(torch.tensor([[3.0, -4.0]]), [1])
+    out = take(moments, torch.tensor([[3.0, -4.0]]), [1])
     assert not out.any() and moments.count == 1
 
 
-def test_normalising_before_any_training_is_refused() -> None:
+@pytest.mark.parametrize("official", [False, True])
+def test_normalising_before_any_training_is_refused(official: bool) -> None:
     with pytest.raises(RuntimeError, match="no training example; train it"):
-        RunningMoments(2).normalise(torch.zeros(1, 2))
+        take(RunningMoments(2, official), torch.ones(1, 2), [1], merge=False)
 
 
 def test_moments_are_saved_and_loaded_whole() -> None:
     net = EditorNet(3, 4, 1, MendConfig(rank=2))
-    net(torch.randn(6, 3), torch.randn(6, 4), torch.zeros(6, dtype=torch.long), [6])
+    net([torch.randn(6, 3)], [torch.randn(6, 4)], [6], torch.zeros(6, dtype=torch.long), True)
     other = EditorNet(3, 4, 1, MendConfig(rank=2))
     other.load_state_dict(net.state_dict())
-    rows = torch.randn(2, 3), torch.randn(2, 4), torch.zeros(2, dtype=torch.long)
+    rows = [torch.randn(2, 3)], [torch.randn(2, 4)], [2], torch.zeros(2, dtype=torch.long)
     assert all(torch.equal(a, b) for a, b in zip(net(*rows), other(*rows), strict=True))
     assert other.moments.count == 6
 
@@ -149,7 +157,7 @@ def test_moments_are_saved_and_loaded_whole() -> None:
 def test_identity_start_returns_its_input_and_yet_trains() -> None:
     net = EditorNet(3, 4, 2, MendConfig(rank=2, norm=False))
     u, delta = torch.randn(5, 3), torch.randn(5, 4)
-    out = net(u, delta, torch.tensor([0, 1, 1, 0, 1]))
+    out = net([u], [delta], [5], torch.tensor([0, 1, 1, 0, 1]))
     assert torch.equal(out[0], u) and torch.equal(out[1], delta)
     sum(x.sum() for x in out).backward()
     gradients = {name: p.grad for name, p in net.named_parameters()}
@@ -166,7 +174,7 @@ def test_each_row_has_its_own_scale_and_shift() -> None:
         for layer in net.joint:
             layer.v.zero_()
         net.joint[0].shift[1] = torch.tensor([10.0, 20.0])
-    out = net(torch.tensor([[1.0], [1.0]]), torch.tensor([[2.0], [2.0]]), torch.tensor([0, 1]))
+    out = net([torch.ones(2, 1)], [torch.full((2, 1), 2.0)], [2], torch.tensor([0, 1]))
     assert [x.flatten().tolist() for x in out] == [[1.0, 11.0], [2.0, 22.0]]
 
 

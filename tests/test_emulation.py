@@ -1,8 +1,7 @@
 """The CUDA kernels' own sources on fibers: schedules, block sizes, planted faults, rounding.
 
 This shows index math, barriers, reductions, tails and rounding. It cannot show memory ordering,
-true races, warp divergence, tensor cores, asynchronous copies, occupancy or speed.
-Those need a GPU.
+true races, warp divergence, the rounding inside tensor cores, occupancy or speed: those need a GPU.
 """
 
 from __future__ import annotations
@@ -12,7 +11,16 @@ import copy
 import numpy
 import pytest
 import torch
-from ops.test_rank_update import DTYPES, assert_right, emulate, make_case
+from ops.test_rank_update import (
+    DTYPES,
+    SEEDED,
+    Case,
+    assert_right,
+    emulate,
+    make_case,
+    run,
+    samples,
+)
 
 _emu = pytest.importorskip("_emu", reason="the emulation module is not built (it needs pybind11)")
 
@@ -24,27 +32,55 @@ def some_case(dtype):
     return make_case(dtype, [(33, 70), (17, 31), (0, 3), (5, 260)], [35, 1, 2, 0])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+KERNELS = [(dtype, False) for dtype in DTYPES] + [(dtype, True) for dtype in SEEDED]
+KERNEL_IDS = [f"{dtype}{'-tensor-cores' * mma}" for dtype, mma in KERNELS]
+
+
+@pytest.mark.parametrize("dtype, mma", KERNELS, ids=KERNEL_IDS)
 @pytest.mark.parametrize("block", [32, 64, 256])
-def test_schedules_are_bit_equal(block, dtype):
+def test_schedules_are_bit_equal(block, dtype, mma):
     cases = [some_case(dtype) for _ in range(1 + len(ORDERS))]
-    plain = emulate(cases[0], block=block)
+    plain = emulate(cases[0], block=block, mma=mma)
     for case, (order, seed) in zip(cases[1:], ORDERS, strict=True):
-        assert torch.equal(emulate(case, block=block, order=order, seed=seed), plain)
+        assert torch.equal(emulate(case, block=block, mma=mma, order=order, seed=seed), plain)
         for a, b in zip(case.weights, cases[0].weights, strict=True):
             assert torch.equal(a, b), f"{order} {seed}"
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_block_sizes_agree(dtype):
+@pytest.mark.parametrize("dtype, mma", KERNELS, ids=KERNEL_IDS)
+def test_block_sizes_agree(dtype, mma):
     """An element's sum has one order whatever the block, so the weights are bit-equal."""
-    cases = {block: some_case(dtype) for block in (32, 64, 256)}
-    fidelity = {block: emulate(case, block=block) for block, case in cases.items()}
+    cases = {block: some_case(dtype) for block in (32, 64, 128, 256)}
+    fidelity = {block: emulate(case, block=block, mma=mma) for block, case in cases.items()}
     for block, case in cases.items():
         for a, b in zip(case.weights, cases[32].weights, strict=True):
             assert torch.equal(a, b)
         torch.testing.assert_close(fidelity[block], fidelity[32], rtol=1e-6, atol=0)
-    assert_right("emu", some_case(dtype))
+    assert_right("emu", some_case(dtype), mma=mma)
+
+
+@pytest.mark.parametrize("dtype", SEEDED, ids=str)
+@pytest.mark.parametrize("name", samples(torch.bfloat16))
+def test_tensor_cores(name, dtype):
+    """Fragments' index maps, the split of a float into two bfloat16, tails, random rounding."""
+    assert_right("emu", samples(dtype)[name], mma=True)
+    case = samples(dtype)[name]
+    case.seed = 5
+    (ours, _), (theirs, _) = run("emu", case, mma=True), run("eager", case)
+    for a, b in zip(ours, theirs, strict=True):
+        beside = (a.double() - b.double()).abs() <= b.double().abs() * torch.finfo(dtype).eps
+        # A sum just beside its draw may go either way.
+        assert not a.numel() or (a == b).double().mean() > 0.95
+        assert beside.all()
+
+
+def test_tensor_cores_by_hand():
+    """Every element of a product of small integers, more than one step of k: exact in bfloat16."""
+    generator = torch.Generator().manual_seed(0)
+    u, delta = (torch.randint(-2, 3, (40, d), generator=generator).float() for d in (70, 66))
+    case = Case([torch.zeros(66, 70).bfloat16()], [u], [delta], torch.tensor([-1.0]), [False])
+    emulate(case, mma=True)
+    assert torch.equal(case.weights[0].float(), delta.t() @ u)
 
 
 def test_arguments_are_refused():

@@ -5,9 +5,9 @@
 #include "cpu/rank_update_rows.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <string>
+#include <cmath>
 
+#include "cpu/level.h"
 #include "glue/rank_update.h"
 
 namespace pymend {
@@ -15,34 +15,25 @@ namespace {
 
 constexpr int TILE = 16;  // rows of one unit of work: a multiple of the four that are computed together
 
-// The best level that this machine has; PYMEND_CPU=base, avx2 or avx512 asks for no more than that one.
-template <typename T>
-UpdateRows<T> choose_level() {
-#ifdef PYMEND_X86_LEVELS
-  const char* wish = std::getenv("PYMEND_CPU");
-  const std::string most = wish && *wish ? wish : "avx512";
-  PYMEND_CHECK(most == "base" || most == "avx2" || most == "avx512", "PYMEND_CPU is '", most,
-               "', expected base, avx2 or avx512");
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (most == "avx512" && has_avx512) return avx512::update_rows;
-  if (most != "base" && has_avx2) return avx2::update_rows;
-#endif
-  return base::update_rows;
+// The power of two that brings x near 1, as far as a float can tell.
+float unit_scale(float x) {
+  return x != 0 && std::isfinite(x) ? std::ldexp(1.0f, std::clamp(-std::ilogb(x), -100, 100)) : 1.0f;
 }
 
 template <typename T>
 Tensor run(const std::vector<Tensor>& weights, const std::vector<Tensor>& u, const std::vector<Tensor>& delta,
-           const Tensor& alpha, const std::vector<bool>& transposed) {
-  static const UpdateRows<T> update_rows = choose_level<T>();
-  auto matrices = gather_rank_update<T>(weights, u, delta, alpha, transposed);
+           const Tensor& alpha, const std::vector<bool>& transposed, const std::vector<int64_t>& seeds) {
+  static const auto update_rows = choose_level<UpdateRows<T>>(PYMEND_LEVELS(update_rows));
+  static const auto largest_change = choose_level<LargestChange<T>>(PYMEND_LEVELS(largest_change));
+  auto matrices = gather_rank_update<T>(weights, u, delta, alpha, transposed, seeds);
   const auto* step = static_cast<const float*>(alpha.const_data_ptr());
   Tensor fidelity = torch::stable::empty_like(alpha);
   auto* fidelity_ptr = static_cast<float*>(fidelity.mutable_data_ptr());
 
   std::vector<int> matrix_of;  // per tile
+  std::vector<RowsStep> how;
   for (size_t i = 0; i < matrices.size(); ++i) {
+    how.push_back({-step[i], unit_scale(step[i] * largest_change(matrices[i])), !seeds.empty()});
     matrices[i].first_tile = static_cast<int64_t>(matrix_of.size());
     const bool empty = matrices[i].n == 0 || matrices[i].cols == 0;
     matrix_of.resize(matrix_of.size() + (empty ? 0 : ceil_div(matrices[i].rows, TILE)), static_cast<int>(i));
@@ -52,7 +43,7 @@ Tensor run(const std::vector<Tensor>& weights, const std::vector<Tensor>& u, con
     for (int64_t tile = first; tile < last; ++tile) {
       const auto& m = matrices[matrix_of[tile]];
       const int64_t begin = (tile - m.first_tile) * TILE;
-      partial[tile] = update_rows(m, -step[matrix_of[tile]], begin, std::min<int64_t>(begin + TILE, m.rows));
+      partial[tile] = update_rows(m, how[matrix_of[tile]], begin, std::min<int64_t>(begin + TILE, m.rows));
     }
   });
 
@@ -63,13 +54,13 @@ Tensor run(const std::vector<Tensor>& weights, const std::vector<Tensor>& u, con
 }
 
 Tensor rank_update(std::vector<Tensor> weights, std::vector<Tensor> u, std::vector<Tensor> delta, Tensor alpha,
-                   std::vector<bool> transposed) {
+                   std::vector<bool> transposed, std::vector<int64_t> seeds) {
   PYMEND_CHECK(!weights.empty(), "weights is empty");
   const ScalarType dtype = weights[0].scalar_type();
   PYMEND_CHECK(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, "weights[0] has dtype ", name_of(dtype),
                ", expected BFloat16 or Half on a CPU; pymend.ops.rank_update also takes float32 and float64");
-  return dtype == ScalarType::Half ? run<Fp16>(weights, u, delta, alpha, transposed)
-                                   : run<Bf16>(weights, u, delta, alpha, transposed);
+  return dtype == ScalarType::Half ? run<Fp16>(weights, u, delta, alpha, transposed, seeds)
+                                   : run<Bf16>(weights, u, delta, alpha, transposed, seeds);
 }
 
 }  // namespace

@@ -5,14 +5,27 @@
 
 namespace pymend {
 
-// Updates rows [begin, end) of a weight by step * sum_k row_k col_k^T.
+// How a matrix is updated, but for its operands: W += step * sum_k row_k col_k^T.
+struct RowsStep {
+  float step;
+  float scale;  // a power of two that brings the largest change near 1: squares of tiny ones leave a float's range
+  bool random;
+};
+
+// Updates rows [begin, end) of a weight. What was kept is counted in units of 1 / scale.
 template <typename T>
-using UpdateRows = Kept (*)(const RankUpdate<T>& matrix, float step, int64_t begin, int64_t end);
+using UpdateRows = Kept (*)(const RankUpdate<T>& matrix, RowsStep how, int64_t begin, int64_t end);
+
+// A bound of |sum_k row_k col_k^T|.
+template <typename T>
+using LargestChange = float (*)(const RankUpdate<T>& matrix);
 
 #define PYMEND_DECLARE_LEVEL(level)                                                         \
   namespace level {                                                                         \
-  Kept update_rows(const RankUpdate<Bf16>& matrix, float step, int64_t begin, int64_t end); \
-  Kept update_rows(const RankUpdate<Fp16>& matrix, float step, int64_t begin, int64_t end); \
+  Kept update_rows(const RankUpdate<Bf16>& matrix, RowsStep how, int64_t begin, int64_t end); \
+  Kept update_rows(const RankUpdate<Fp16>& matrix, RowsStep how, int64_t begin, int64_t end); \
+  float largest_change(const RankUpdate<Bf16>& matrix); \
+  float largest_change(const RankUpdate<Fp16>& matrix); \
   }
 PYMEND_DECLARE_LEVEL(base)
 PYMEND_DECLARE_LEVEL(avx2)

@@ -7,32 +7,69 @@ namespace pymend {
 namespace {
 
 constexpr int BLOCK = 256;
+constexpr int MMA_BLOCK = 128;  // 64 x 64 elements
+
+// Gathers matrices for one of the two kernels and launches it whenever a list is full.
+template <typename T>
+struct Launcher {
+  const Acc<T>* step;
+  Acc<T>* fidelity;
+  const Tensor& alpha;
+  Stream stream;
+  bool random, few;
+  RankUpdateList<T> list;
+
+  void add(const RankUpdate<T>& matrix) {
+    if (list.count == MAX_MATRICES) run();
+    if (few) {
+      append(list, matrix, TILE_ROWS, BLOCK);
+    } else {
+      append(list, matrix, MmaTile<MMA_BLOCK>::ROWS, MmaTile<MMA_BLOCK>::COLS);
+    }
+  }
+
+  void run() {
+    if (list.count == 0) return;
+    PYMEND_CHECK(list.tiles <= INT32_MAX, "weights[", list.item[0].index, "] and the next ", list.count - 1,
+                 " make more tiles than a grid has blocks: ", list.tiles);
+    Tensor partial = torch::stable::new_empty(alpha, {2 * list.tiles}, ScalarType::Double);
+    auto* kept = static_cast<Kept*>(partial.mutable_data_ptr());
+    if (list.tiles > 0) update(kept);
+    launch(fidelity_kernel<T, BLOCK>, list.count, BLOCK, sizeof(FidelityShared<BLOCK>), stream, list, kept, fidelity);
+    list = {};
+  }
+
+  void update(Kept* kept) {
+    auto* simt = rank_update_kernel<T, BLOCK, false>;
+    if constexpr (sizeof(T) == 2) {
+      if (!few) {
+        auto* mma = random ? rank_update_mma_kernel<T, MMA_BLOCK, true> : rank_update_mma_kernel<T, MMA_BLOCK, false>;
+        launch(mma, list.tiles, MMA_BLOCK, sizeof(RankUpdateMmaShared<MMA_BLOCK>), stream, list, step, kept);
+        return;
+      }
+      if (random) simt = rank_update_kernel<T, BLOCK, true>;
+    }
+    launch(simt, list.tiles, BLOCK, sizeof(RankUpdateShared<T, BLOCK>), stream, list, step, kept);
+  }
+};
 
 template <typename T>
 Tensor run(const std::vector<Tensor>& weights, const std::vector<Tensor>& u, const std::vector<Tensor>& delta,
-           const Tensor& alpha, const std::vector<bool>& transposed) {
-  const auto matrices = gather_rank_update<T>(weights, u, delta, alpha, transposed);
+           const Tensor& alpha, const std::vector<bool>& transposed, const std::vector<int64_t>& seeds) {
+  const auto matrices = gather_rank_update<T>(weights, u, delta, alpha, transposed, seeds);
   const DeviceGuard guard(weights[0].get_device_index());
   const auto stream = static_cast<Stream>(current_stream(weights[0].get_device_index()));
   const auto* step = static_cast<const Acc<T>*>(alpha.const_data_ptr());
   Tensor fidelity = torch::stable::empty_like(alpha);
   auto* fidelity_ptr = static_cast<Acc<T>*>(fidelity.mutable_data_ptr());
 
-  for (size_t first = 0; first < matrices.size(); first += MAX_MATRICES) {
-    RankUpdateList<T> list;
-    for (size_t i = first; i < matrices.size() && list.count < MAX_MATRICES; ++i) {
-      append(list, matrices[i], TILE_ROWS, BLOCK);
+  const bool random = !seeds.empty();
+  for (const bool few : {true, false}) {
+    Launcher<T> next{step, fidelity_ptr, alpha, stream, random, few};
+    for (const auto& matrix : matrices) {
+      if ((matrix.n <= FEW || sizeof(T) != 2) == few) next.add(matrix);
     }
-    PYMEND_CHECK(list.tiles <= INT32_MAX, "weights[", first, "] and the next ", list.count - 1,
-                 " make more tiles than a grid has blocks: ", list.tiles);
-    Tensor partial = torch::stable::new_empty(alpha, {2 * list.tiles}, ScalarType::Double);
-    auto* kept = static_cast<Kept*>(partial.mutable_data_ptr());
-    if (list.tiles > 0) {
-      launch(rank_update_kernel<T, BLOCK>, list.tiles, BLOCK, sizeof(RankUpdateShared<T, BLOCK>), stream, list,
-             step + first, kept);
-    }
-    launch(fidelity_kernel<T, BLOCK>, list.count, BLOCK, sizeof(FidelityShared<BLOCK>), stream, list, kept,
-           fidelity_ptr + first);
+    next.run();
   }
   const cudaError_t error = cudaGetLastError();
   PYMEND_CHECK(error == cudaSuccess, "rank_update could not be launched: ", cudaGetErrorString(error));
@@ -40,17 +77,17 @@ Tensor run(const std::vector<Tensor>& weights, const std::vector<Tensor>& u, con
 }
 
 Tensor rank_update(std::vector<Tensor> weights, std::vector<Tensor> u, std::vector<Tensor> delta, Tensor alpha,
-                   std::vector<bool> transposed) {
+                   std::vector<bool> transposed, std::vector<int64_t> seeds) {
   PYMEND_CHECK(!weights.empty(), "weights is empty");
   switch (weights[0].scalar_type()) {
     case ScalarType::Double:
-      return run<double>(weights, u, delta, alpha, transposed);
+      return run<double>(weights, u, delta, alpha, transposed, seeds);
     case ScalarType::Float:
-      return run<float>(weights, u, delta, alpha, transposed);
+      return run<float>(weights, u, delta, alpha, transposed, seeds);
     case ScalarType::BFloat16:
-      return run<Bf16>(weights, u, delta, alpha, transposed);
+      return run<Bf16>(weights, u, delta, alpha, transposed, seeds);
     case ScalarType::Half:
-      return run<Fp16>(weights, u, delta, alpha, transposed);
+      return run<Fp16>(weights, u, delta, alpha, transposed, seeds);
     default:
       PYMEND_CHECK(false, "weights[0] has dtype ", name_of(weights[0].scalar_type()),
                    ", expected Double, Float, BFloat16 or Half");

@@ -23,7 +23,8 @@ struct Thread {
   std::unique_ptr<Fiber> fiber;
   Waits waits = Waits::for_nothing;
   int line = 0;         // of the barrier it stands at
-  uint64_t posted = 0;  // what it gives to a shuffle
+  uint64_t posted = 0;             // what it gives to a shuffle
+  uint32_t fragment[6] = {};       // and to a tensor-core product: a, b
 };
 
 // One block at a time, on one OS thread: plain globals suffice.
@@ -101,6 +102,28 @@ uint64_t exchange(uint64_t bits, unsigned other_lane, int line) {
   const uint64_t other = threads[threadIdx.x / WARP_LANES * WARP_LANES + other_lane].posted;
   sync_warp(line);  // all lanes have read
   return other;
+}
+
+void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], int line) {
+  std::copy(a, a + 4, self().fragment);
+  std::copy(b, b + 2, self().fragment + 4);
+  sync_warp(line);  // all lanes have posted
+  const unsigned warp = threadIdx.x / WARP_LANES * WARP_LANES, lane = threadIdx.x % WARP_LANES;
+  // Element k of a row that lane group `g` holds in registers `low` (k < 8) and `high`.
+  const auto element = [&](unsigned g, int low, int high, unsigned k) {
+    const uint32_t pair = threads[warp + 4 * g + k % 8 / 2].fragment[k < 8 ? low : high];
+    const uint32_t word = (k % 2 ? pair >> 16 : pair) << 16;
+    float x;
+    memcpy(&x, &word, sizeof x);
+    return x;
+  };
+  for (unsigned i = 0; i < 4; ++i) {
+    const unsigned row_half = i / 2, col = lane % 4 * 2 + i % 2;
+    for (unsigned k = 0; k < 16; ++k) {
+      c[i] += element(lane / 4, row_half, row_half + 2, k) * element(col, 4, 5, k);
+    }
+  }
+  sync_warp(line);  // all lanes have read
 }
 
 void* shared_memory() { return shared_bytes.get(); }

@@ -2,8 +2,8 @@
 //
 // A barrier is a switch to the scheduler; blocks and threads run in the order that a Schedule gives; shared memory
 // starts as NaN bits. It shows faults of logic: missing or divergent barriers, index errors (with AddressSanitizer),
-// results that depend on the order. It cannot show: memory ordering and true races, warp divergence, tensor cores,
-// asynchronous copies, occupancy, speed.
+// results that depend on the order, wrong lanes of a tensor-core fragment. It cannot show: memory ordering and true races,
+// warp divergence, how tensor cores round their sums, asynchronous copies, occupancy, speed.
 #pragma once
 
 #include <cstddef>
@@ -16,6 +16,7 @@
 #define __forceinline__ inline
 #define __grid_constant__
 #define __syncthreads() pymend::emu::sync_block(__LINE__)
+#define mma_bf16(c, a, b) pymend::emu::mma(c, a, b, __LINE__)
 #define __shfl_xor_sync(mask, value, lanes) pymend::emu::shuffle_xor(mask, value, lanes, __LINE__)
 
 struct Dim3 {
@@ -38,6 +39,9 @@ void sync_warp(int line);
 
 uint64_t exchange(uint64_t bits, unsigned other_lane, int line);  // my bits against those of a lane of my warp
 void* shared_memory();
+
+// One tensor-core product of a warp, as device.h describes it; sums run in float, k upwards.
+void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], int line);
 
 // Runs body() once per thread of every block. Throws std::runtime_error where threads of a block part ways at a
 // barrier.

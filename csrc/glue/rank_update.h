@@ -10,13 +10,18 @@ namespace pymend {
 template <typename T>
 std::vector<RankUpdate<T>> gather_rank_update(const std::vector<Tensor>& weights, const std::vector<Tensor>& u,
                                               const std::vector<Tensor>& delta, const Tensor& alpha,
-                                              const std::vector<bool>& transposed) {
+                                              const std::vector<bool>& transposed,
+                                              const std::vector<int64_t>& seeds) {
   const int64_t count = static_cast<int64_t>(weights.size());
   const ScalarType dtype = weights[0].scalar_type(), factor_dtype = accumulate_dtype(dtype);
   PYMEND_CHECK(u.size() == weights.size(), "u has ", u.size(), " entries for ", count, " weights");
   PYMEND_CHECK(delta.size() == weights.size(), "delta has ", delta.size(), " entries for ", count, " weights");
   PYMEND_CHECK(transposed.size() == weights.size(), "transposed has ", transposed.size(), " entries for ", count,
                " weights");
+  PYMEND_CHECK(seeds.empty() || seeds.size() == weights.size(), "seeds has ", seeds.size(), " entries for ", count,
+               " weights");
+  PYMEND_CHECK(seeds.empty() || sizeof(T) == 2, "seeds: ", name_of(dtype),
+               " weights are not rounded at random, only BFloat16 and Half");
   check_operand("alpha", alpha, factor_dtype, weights[0], {count});
 
   std::vector<RankUpdate<T>> matrices;
@@ -31,7 +36,8 @@ std::vector<RankUpdate<T>> gather_rank_update(const std::vector<Tensor>& weights
     const Tensor& col = transposed[i] ? delta[i] : u[i];
     matrices.push_back({static_cast<T*>(weights[i].mutable_data_ptr()),
                         static_cast<const Acc<T>*>(row.const_data_ptr()),
-                        static_cast<const Acc<T>*>(col.const_data_ptr()), rows, cols, n, 0});
+                        static_cast<const Acc<T>*>(col.const_data_ptr()), rows, cols, n, i, 0,
+                        seeds.empty() ? 0 : static_cast<uint64_t>(seeds[i])});
   }
   return matrices;
 }

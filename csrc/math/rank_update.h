@@ -28,11 +28,15 @@ struct Kept {
   PYMEND_INLINE double fidelity() const { return wanted > 0 ? along / wanted : 1.0; }
 };
 
-// Adds `wanted` to one weight with one rounding; returns what was really added.
-template <typename T>
-PYMEND_INLINE Acc<T> update_element(T& weight, Acc<T> wanted) {
+// Adds `wanted` to the weight at `position` of its matrix with one rounding; returns what was really added.
+template <bool RANDOM, typename T>
+PYMEND_INLINE Acc<T> update_element(T& weight, Acc<T> wanted, uint64_t seed, int64_t position) {
   const Acc<T> before = widen(weight);
-  weight = round_to<T>(before + wanted);
+  if constexpr (RANDOM) {
+    weight = round_randomly<T>(before + wanted, random_bits(seed, static_cast<uint64_t>(position)));
+  } else {
+    weight = round_to<T>(before + wanted);
+  }
   return widen(weight) - before;
 }
 
@@ -42,10 +46,12 @@ struct RankUpdate {
   const Acc<T>* row;  // [n, rows], contiguous
   const Acc<T>* col;  // [n, cols], contiguous
   int64_t rows, cols, n;
+  int64_t index;       // in the caller's list: of its alpha and its fidelity
   int64_t first_tile;  // of this matrix in the list
+  uint64_t seed;       // of a random rounding
 };
 
-// Passed to a kernel by value: 32 matrices of 56 bytes stay below the 4 KiB of kernel arguments, and a by-value list
+// Passed to a kernel by value: 32 matrices of 72 bytes stay below the 4 KiB of kernel arguments, and a by-value list
 // needs no copy to the device, so a launch can be captured in a graph.
 constexpr int MAX_MATRICES = 32;
 

@@ -62,19 +62,13 @@ class Editor(nn.Module):
             parts = [rows[n] for n in names]
             # Rows lie episode by episode, then weight by weight: the order of the moments.
             counts = [int(p[2][e]) for e in range(len(parts[0][2])) for p in parts]
-            u = _interleave([p[0] for p in parts], counts)
-            delta = _interleave([p[1] for p in parts], counts)
+            us, deltas = [p[0] for p in parts], [p[1] for p in parts]
             modes = [w.mode for w in weights]
-            order = torch.tensor(modes * (len(counts) // len(modes)), device=u.device)
-            mode = torch.repeat_interleave(order, torch.tensor(counts, device=u.device))
-            u, delta = self.nets[key](u, delta, mode, counts if merge else None)
+            device = us[0].device
+            order = torch.tensor(modes * (len(counts) // len(modes)), device=device)
+            mode = torch.repeat_interleave(order, torch.tensor(counts, device=device))
+            u, delta = self.nets[key](us, deltas, counts, mode, merge)
             us, deltas = u.split(counts), delta.split(counts)
             for i, name in enumerate(names):
                 out[name] = torch.cat(us[i :: len(names)]), torch.cat(deltas[i :: len(names)])
         return out
-
-
-def _interleave(parts: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
-    """Rows of several weights, [n_w, d] each, reordered to episode by episode."""
-    split = [p.split(list(counts[i :: len(parts)])) for i, p in enumerate(parts)]
-    return torch.cat([piece for episode in zip(*split, strict=True) for piece in episode])

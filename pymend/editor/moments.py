@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor, nn
 
-EPS = 1e-7  # added to the standard deviation, not under the root
-CONSTANT = 1e-6  # relative spread below which a dimension counts as constant
+from pymend.ops.moments import EPS, joined, moments
 
 
 class RunningMoments(nn.Module):
@@ -28,41 +29,52 @@ class RunningMoments(nn.Module):
         self.register_buffer("m2", torch.zeros(d, dtype=dtype))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
-    def _inverse(self) -> Tensor:
-        """1 / (sigma + EPS) per dimension; 0 for a constant one."""
-        k = self.count.to(self.m2.dtype)
-        sigma = (self.m2 / (k - 1).clamp(min=1)).sqrt()
-        inverse = 1 / (sigma + EPS)
-        if self.official:
-            return inverse
-        return torch.where(self.m2 <= k * (CONSTANT * self.mean).square(), 0.0, inverse)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RunningMoments:
+        """Follow the module to another device, and keep the precision whatever it is cast to."""
+        self.count = fn(self.count)
+        self.mean, self.m2 = self.mean.to(self.count.device), self.m2.to(self.count.device)
+        return self
 
-    def normalise(self, x: Tensor) -> Tensor:
-        """(x - mean) / (sigma + EPS) for rows x [n, d], in x's dtype."""
-        if not self.count:
+    def forward(
+        self,
+        u: Sequence[Tensor],
+        delta: Sequence[Tensor],
+        counts: Sequence[int],
+        merge: bool,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """Rows of several weights, normalised: z [sum of counts, a + b] in ``dtype``.
+
+        With ``merge`` each segment is taken in first and normalised with the moments that already
+        include it: the order of work of the paper's loop over examples and weights.
+
+        Args:
+            u, delta, counts: as in ``pymend.ops.moments``.
+        """
+        if not merge and not self.count:
             raise RuntimeError("the editor has seen no training example; train it before editing")
-        return ((x.to(self.mean.dtype) - self.mean) * self._inverse()).to(x.dtype)
+        if not self.official:
+            return moments(u, delta, counts, self.mean, self.m2, self.count, merge, dtype)
+        x = joined(u, delta, counts).to(dtype)
+        return self._merge_official(x, counts) if merge else self._normalise_official(x)
+
+    def _normalise_official(self, x: Tensor) -> Tensor:
+        sigma = (self.m2 / (self.count.float() - 1).clamp(min=1)).sqrt()
+        return ((x.float() - self.mean) * (1 / (sigma + EPS))).to(x.dtype)
 
     @torch.no_grad()
-    def merge_and_normalise(self, x: Tensor, counts: list[int]) -> Tensor:
-        """Merge segments of ``counts`` rows one after the other, as in training.
-
-        Each segment is normalised with the moments that already include it: the order of work of
-        the paper's loop over examples and weights.
-        """
+    def _merge_official(self, x: Tensor, counts: Sequence[int]) -> Tensor:
         out = torch.empty_like(x)
         for segment, normalised in zip(x.split(counts), out.split(counts), strict=True):
-            if len(segment):
-                rows = segment.to(self.mean.dtype)
+            n = len(segment)
+            if n:
+                rows = segment.float()
                 mean = rows.mean(0)
-                self._merge(len(rows), mean, (rows - mean).square().sum(0))
-                normalised.copy_((rows - self.mean) * self._inverse())
+                m2 = (rows - mean).square().sum(0)
+                difference = mean - self.mean
+                k = self.count.float()  # a quotient of integers would be float32
+                self.m2 += m2 + difference.square() * (k * n / (k + n))
+                self.mean += difference * (n / (k + n))
+                self.count += n
+                normalised.copy_(self._normalise_official(rows))
         return out
-
-    def _merge(self, n: int, mean: Tensor, m2: Tensor) -> None:
-        """Chan, Golub, LeVeque: moments of the union of two sets from the moments of each."""
-        difference = mean - self.mean
-        k = self.count.to(self.mean.dtype)  # a quotient of integers would be float32
-        self.m2 += m2 + difference.square() * (k * n / (k + n))
-        self.mean += difference * (n / (k + n))
-        self.count += n

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from pymend.config import MendConfig
 from pymend.editor.moments import RunningMoments
+from pymend.ops.editor_mlp import editor_mlp
+from pymend.ops.moments import joined
 
 
 class LowRankLayer(nn.Module):
@@ -35,11 +39,7 @@ class LowRankLayer(nn.Module):
 
     def forward(self, x: Tensor, mode: Tensor) -> Tensor:
         """x [n, d], mode [n] int64 -> [n, d]."""
-        p = torch.addmm(self.bias, x @ self.v.t(), self.u.t())
-        if self.scale is not None and self.shift is not None:
-            p = self.scale[mode] * p + self.shift[mode]
-        p = p.clamp(min=0)  # not relu: the derivative of clamp at the bound is 1
-        return x + p if self.residual else p
+        return editor_mlp(x, self.v, self.u, self.bias, self.scale, self.shift, mode, self.residual)
 
 
 class EditorNet(nn.Module):
@@ -65,22 +65,29 @@ class EditorNet(nn.Module):
         self.delta_side = layers(b) if not config.combine and not only_u else None
 
     def forward(
-        self, u: Tensor, delta: Tensor, mode: Tensor, merge: list[int] | None = None
+        self,
+        us: Sequence[Tensor],
+        deltas: Sequence[Tensor],
+        counts: Sequence[int],
+        mode: Tensor,
+        merge: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Transform the rows of all weights of this shape in one pass.
 
         Args:
-            u, delta: [n, a] and [n, b].
-            mode: [n], the weight each row belongs to.
-            merge: in training, row counts of the segments to merge into the moments in order.
+            us, deltas: [n_i, a] and [n_i, b] of every weight, episode by episode.
+            counts: rows of each segment, episode by episode and within one weight by weight.
+            mode: [n], the weight each row belongs to; n = sum of counts.
+            merge: in training, take the segments into the moments in this order.
 
         Returns:
-            u~ [n, a] and d~ [n, b].
+            u~ [n, a] and d~ [n, b], in the order of the segments.
         """
-        z = torch.cat([u, delta], 1).to(next(self.parameters()).dtype)
+        dtype = next(self.parameters()).dtype
         if self.norm:
-            normalise = self.moments.normalise
-            z = normalise(z) if merge is None else self.moments.merge_and_normalise(z, merge)
+            z = self.moments(us, deltas, counts, merge, dtype)
+        else:
+            z = joined(us, deltas, counts).to(dtype)
         if self.joint is not None:
             z = _through(self.joint, z, mode)
         u, delta = z.split([self.a, self.b], 1)

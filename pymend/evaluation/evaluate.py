@@ -19,9 +19,9 @@ from pymend.capture import NonFiniteError
 from pymend.config import EditRequest
 from pymend.edit import Edit
 from pymend.evaluation.metrics import Metrics, RecordScores, mean
-from pymend.losses import nll_rows
 from pymend.mend import Mend
 from pymend.models import frozen
+from pymend.ops.token_losses import TokenLosses, token_losses
 from pymend.replay import Replay
 from pymend.tokens import IGNORE, Batch, EncodedRequest, Encoder, Row
 
@@ -159,7 +159,7 @@ class _Look:
         passes = []
         for context in (nullcontext(), edit.applied(self.replay.model)):
             with context:
-                passes.append(self.replay.logits(batch))
+                passes.append(token_losses(self.replay.logits(batch), batch.target))
         looks = _row_looks(batch, *passes)
         size = len(groups[0])
         return [looks[i : i + size] for i in range(0, len(looks), size)]
@@ -227,16 +227,14 @@ class _RowLook:
         return float((best == self.target)[row.first :].all())
 
 
-def _row_looks(batch: Batch, before: Tensor, after: Tensor) -> list[_RowLook]:
+def _row_looks(batch: Batch, before: TokenLosses, after: TokenLosses) -> list[_RowLook]:
     n = len(batch.rows)
     target, row = batch.target.cpu(), batch.row.cpu()
-    best = before.argmax(-1).cpu(), after.argmax(-1).cpu()
-    count = (batch.target != IGNORE).new_zeros(n, dtype=torch.float64)
-    count.index_add_(0, batch.row, (batch.target != IGNORE).double())
+    best = before.best.cpu(), after.best.cpu()
     sums = []
-    for logits in (before, after):
-        means = nll_rows(logits, batch.target, batch.row, n).double()
-        sums.append(torch.where(count > 0, means * count, 0.0).tolist())
+    for look in (before, after):
+        nll = look.nll.double()  # 0 where there is no target
+        sums.append(nll.new_zeros(n).index_add(0, batch.row, nll).tolist())
     looks = []
     for i in range(n):
         own = row == i

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+
+from pymend.ops.products import frozen_linear
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,7 @@ def lowest_block(
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no parameter gradients inside; the former flags again afterwards.
+    """Evaluation mode, no parameter gradients and fast products inside; as before afterwards.
 
     Inference mode is lifted, since capture differentiates; whether gradients are recorded is not.
     """
@@ -145,13 +149,50 @@ def frozen(model: nn.Module) -> Iterator[None]:
             module.training = False
         for parameter in wanted:
             parameter.requires_grad_(False)
-        with torch.inference_mode(False), torch.set_grad_enabled(recording):
+        fast = forwards(_frozen_layers(model))
+        with torch.inference_mode(False), torch.set_grad_enabled(recording), fast:
             yield
     finally:
         for module in training:
             module.training = True
         for parameter in wanted:
             parameter.requires_grad_(True)
+
+
+def _frozen_layers(model: nn.Module) -> dict[nn.Module, Callable[..., Any]]:
+    """Another way to compute each plain linear layer; subclasses and wrapped ones stay as is."""
+    layers: dict[nn.Module, Callable[..., Any]] = {}
+    for module in model.modules():
+        if "forward" not in vars(module):
+            if type(module) is nn.Linear:
+                layers[module] = partial(_linear, module)
+            elif type(module) is Conv1D:
+                layers[module] = partial(_conv1d, module)
+    return layers
+
+
+def _linear(module: nn.Linear, input: torch.Tensor) -> torch.Tensor:
+    return frozen_linear(input, module.weight, module.bias)
+
+
+def _conv1d(module: Conv1D, x: torch.Tensor) -> torch.Tensor:
+    return frozen_linear(x, module.weight.t(), module.bias)
+
+
+@contextmanager
+def forwards(methods: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Let every module run the given function; their own methods come back at the end."""
+    former = {module: vars(module).get("forward") for module in methods}
+    try:
+        for module, forward in methods.items():
+            module.forward = forward  # type: ignore[method-assign]
+        yield
+    finally:
+        for module, method in former.items():
+            if method is None:
+                vars(module).pop("forward", None)
+            else:
+                module.forward = method  # type: ignore[method-assign]
 
 
 def weight_of(model: nn.Module, weight: EditedWeight) -> torch.Tensor:

@@ -1,10 +1,12 @@
 """rank_update: W -= alpha * sum_r delta_r u_r^T, in place, for a list of matrices.
 
-Sums run in float32 (float64 for float64 weights), and each element is rounded once, to nearest.
+Sums run in float32 (float64 for float64 weights), and each element is rounded once: to nearest, or
+at random, up or down so that the expected value is exact.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -14,6 +16,8 @@ from torch import Tensor
 from pymend import _lib
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+SEEDED = (torch.bfloat16, torch.float16)  # can be rounded at random
+MASK = 2**32 - 1
 BLOCK_ROWS = 64  # of a weight, updated together in eager(): the temporaries stay in the cache
 
 
@@ -23,6 +27,7 @@ def rank_update(
     delta: Sequence[Tensor],
     alpha: Tensor,
     transposed: Sequence[bool] | None = None,
+    seed: int | None = None,
 ) -> Tensor:
     """Write W[i] - alpha[i] * sum_r delta[i]_r u[i]_r^T into every W[i]; return the fidelities.
 
@@ -38,6 +43,8 @@ def rank_update(
             any strides, on the device of W[i]; used as float32, as float64 for a float64 W[i].
         alpha: [len(weights)], step sizes.
         transposed: one flag per matrix; all False if not given.
+        seed: round bfloat16 and float16 weights at random (wider ones to nearest as ever). W[i]
+            draws from ``seed + i`` and the position in memory: the same bits on every device.
 
     Returns:
         [len(weights)], alpha's device, float32 (float64 if alpha is): how much of the wanted change
@@ -66,6 +73,7 @@ def rank_update(
                 [delta[i].to(acc).contiguous() for i in members],
                 alpha[members].to(device, acc),
                 [flags[i] == p for i, p in zip(members, plain, strict=True)],
+                [] if seed is None or dtype not in SEEDED else [seed + i for i in members],
             )
             fidelity[members] = result.to(fidelity)
         if not torch.compiler.is_compiling():
@@ -81,6 +89,7 @@ def eager(
     delta: Sequence[Tensor],
     alpha: Tensor,
     transposed: Sequence[bool],
+    seeds: Sequence[int] = (),
 ) -> Tensor:
     """The same in torch ops, on any device: fallback, yardstick, and the way of wide CPU weights.
 
@@ -88,18 +97,23 @@ def eager(
     forms the wanted change of the block, which both the update and the fidelity need.
     """
     fidelity = []
-    for weight, u_i, delta_i, step, flag in zip(weights, u, delta, alpha, transposed, strict=True):
+    operands = zip(weights, u, delta, alpha, transposed, strict=True)
+    for i, (weight, u_i, delta_i, step, flag) in enumerate(operands):
         acc = _accumulate(weight.dtype)
         row, col = (u_i, delta_i) if flag else (delta_i, u_i)  # [n, rows], [n, cols]
         row, col = row.to(acc), col.to(acc)
         kept = torch.zeros(2, dtype=torch.float64, device=weight.device)
         with torch.autocast(weight.device.type, enabled=False):
-            for block, row_block in zip(
-                weight.split(BLOCK_ROWS), row.split(BLOCK_ROWS, dim=1), strict=True
+            for number, (block, row_block) in enumerate(
+                zip(weight.split(BLOCK_ROWS), row.split(BLOCK_ROWS, dim=1), strict=True)
             ):
                 wanted = (row_block.t() @ col) * -step.to(acc)  # [rows, cols]
                 before = block.to(acc, copy=True)
-                block.copy_(before + wanted)
+                new = before + wanted
+                if seeds:
+                    first = number * BLOCK_ROWS * weight.shape[1]
+                    new = _round_randomly(new, weight.dtype, seeds[i], first)
+                block.copy_(new)
                 applied = block.to(acc).sub(before).flatten().double()
                 wanted = wanted.flatten().double()
                 kept += torch.stack([applied @ wanted, wanted @ wanted])
@@ -107,15 +121,51 @@ def eager(
     return torch.stack(fidelity).to(alpha.dtype) if fidelity else alpha.new_empty(0)
 
 
+def _round_randomly(x: Tensor, dtype: torch.dtype, seed: int, first: int) -> Tensor:
+    """float32 values that ``dtype`` holds exactly; ``csrc/math/rounding.h`` has the same rule.
+
+    Args:
+        first: position of x's first element in its matrix.
+    """
+    position = torch.arange(first, first + x.numel(), device=x.device).view_as(x)
+    low = position + (seed & MASK) * 0x9E3779B9
+    high = (position >> 32) + (seed >> 32 & MASK) * 0x9E3779B9
+    random = _mix_bits(_mix_bits(low & MASK) + high & MASK)
+    if dtype == torch.bfloat16:
+        dropped, values = 16, x
+    else:
+        dropped, values = 13, x.clamp(-65536.0, 65536.0)  # 65536: the next step after the largest
+    word = values.view(torch.int32).long() & MASK
+    kept = (word + (random >> (32 - dropped)) & MASK) >> dropped << dropped
+    rounded = torch.where(kept > MASK // 2, kept - MASK - 1, kept).int().view(torch.float32)
+    if dtype == torch.float16:  # below 2^-14 steps are 2^-24 wide: count them
+        steps = values.abs() * 2.0**24
+        up = (random >> 8) * 2.0**-24 < steps - steps.floor()
+        subnormal = ((steps.floor() + up) * 2.0**-24).copysign(values)
+        rounded = torch.where(values.abs() < 2.0**-14, subnormal, rounded)
+    return torch.where(x.isfinite(), rounded, x)
+
+
+def _mix_bits(x: Tensor) -> Tensor:
+    x = (x ^ x >> 16) * 0x7FEB352D & MASK
+    x = (x ^ x >> 15) * 0x846CA68B & MASK
+    return x ^ x >> 16
+
+
 def _run(
-    weights: list[Tensor], u: list[Tensor], delta: list[Tensor], alpha: Tensor, flags: list[bool]
+    weights: list[Tensor],
+    u: list[Tensor],
+    delta: list[Tensor],
+    alpha: Tensor,
+    flags: list[bool],
+    seeds: Sequence[int] = (),
 ) -> Tensor:
     """One device and one dtype. On a CPU, float32 and float64 are torch's: its GEMM is as fast."""
     wide = weights[0].dtype in (torch.float32, torch.float64)
     on_cpu = weights[0].device.type == "cpu"
     if (wide and on_cpu) or not _lib.use_kernel("rank_update", weights[0].device):
-        return eager(weights, u, delta, alpha, flags)
-    return torch.ops.pymend.rank_update.default(weights, u, delta, alpha, flags)
+        return eager(weights, u, delta, alpha, flags, seeds)
+    return torch.ops.pymend.rank_update.default(weights, u, delta, alpha, flags, list(seeds))
 
 
 def _accumulate(dtype: torch.dtype) -> torch.dtype:
@@ -222,6 +272,14 @@ def _check_finite(
     The bound, |alpha| * sum_r max|delta_r| max|u_r|, costs a pass over the factors only.
     """
     for i, weight in enumerate(weights):
+        if not (u[i].numel() and delta[i].numel() and alpha[i].isfinite()):
+            bound = 0.0 if alpha[i].isfinite() else math.nan
+        else:
+            largest = [t.abs().amax(dim=1).double() for t in (u[i], delta[i])]
+            bound = abs(alpha[i].item()) * (largest[0] @ largest[1]).item()
+        limit = torch.finfo(weight.dtype).max
+        if bound <= limit:
+            continue
         named = ((f"u[{i}]", u[i]), (f"delta[{i}]", delta[i]), (f"alpha[{i}]", alpha[i]))
         for name, tensor in named:
             bad = ~tensor.isfinite()
@@ -232,15 +290,10 @@ def _check_finite(
                     + (f" at {where}" if where else "")
                     + f"; weights[{i}] was left alone, and so were the others"
                 )
-        if u[i].numel() and delta[i].numel():
-            largest = [t.abs().amax(dim=1).double() for t in (u[i], delta[i])]
-            bound = abs(alpha[i].item()) * (largest[0] @ largest[1]).item()
-            limit = torch.finfo(weight.dtype).max
-            if not bound <= limit:
-                raise ValueError(
-                    f"the update of weights[{i}] may leave the range of {weight.dtype}: an element "
-                    f"may change by up to {bound:.3g}, the largest value is {limit:.3g}"
-                )
+        raise ValueError(
+            f"the update of weights[{i}] may leave the range of {weight.dtype}: an element "
+            f"may change by up to {bound:.3g}, the largest value is {limit:.3g}"
+        )
 
 
 def _shape(tensor: Tensor) -> str:
@@ -260,5 +313,6 @@ if _lib.has_kernels():
         delta: list[Tensor],
         alpha: Tensor,
         transposed: list[bool],
+        seeds: list[int],
     ) -> Tensor:
         return torch.empty_like(alpha)  # [len(weights)]

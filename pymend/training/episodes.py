@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from pymend.edit import Edit
-from pymend.losses import hits_rows, kl_rows, mean_per_row, nll_rows
+from pymend.losses import hits_rows, mean_of_seen, mean_per_row
 from pymend.mend import Mend
+from pymend.ops.token_losses import token_losses
 from pymend.replay import Replay
 from pymend.tokens import Batch, EncodedRequest, Row
 
@@ -131,13 +132,13 @@ def run_episodes(
             for kind, batch in (("prompt", edits), ("rephrase", rephrases))
             if outer in (kind, "both") or not merge
         }
-        edited = replay.logits(locality)
+        kept = token_losses(replay.logits(locality), base=base)
     nll = [look[0] for kind, look in looks.items() if outer in (kind, "both")]
     hits = {kind: look[1] for kind, look in looks.items()}
-    same = (base.argmax(-1) == edited.argmax(-1)).double()
+    same = (kept.best == kept.base_best).double()
     return EpisodeScores(
         nll=torch.stack(nll).mean(0),
-        kl=kl_rows(base, edited, locality.row, n),
+        kl=mean_per_row(kept.kl, locality.row, n),
         edit_success=hits.get("prompt"),
         generality=hits.get("rephrase"),
         locality=mean_per_row(same, locality.row, n),
@@ -146,7 +147,7 @@ def run_episodes(
 
 def _outer(replay: Replay, batch: Batch, episodes: int) -> tuple[Tensor, Tensor]:
     """NLL (token mean) and share of exact matches [episodes] of the edited model on ``batch``."""
-    logits, rows = replay.logits(batch), len(batch.rows)
-    nll = nll_rows(logits, batch.target, batch.row // (rows // episodes), episodes)
-    exact = (hits_rows(logits.detach(), batch.target, batch.row, rows) == 1).double()
+    look, rows = token_losses(replay.logits(batch), batch.target), len(batch.rows)
+    nll = mean_of_seen(look.nll, batch.target, batch.row // (rows // episodes), episodes)
+    exact = (hits_rows(look.best, batch.target, batch.row, rows) == 1).double()
     return nll, exact.view(episodes, -1).mean(1)

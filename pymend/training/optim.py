@@ -6,9 +6,14 @@ import math
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from torch.linalg import vector_norm
+from torch.optim.adam import adam
 
 from pymend.config import TrainConfig
+from pymend.editor.network import LowRankLayer
 from pymend.mend import Mend
+from pymend.ops.factored_adam import factored_adam, fused_rows, gram_norm
 
 
 def learning_rate_factor(config: TrainConfig, step: int) -> float:
@@ -22,45 +27,128 @@ def learning_rate_factor(config: TrainConfig, step: int) -> float:
 
 
 class EditorOptimizer:
-    """Adam over networks and alpha, each with its own rate (``official``: one rate for both)."""
+    """Adam over networks and alpha, each with its own rate (``official``: one rate for both).
+
+    The matrices of the networks get an attribute ``factors``. While it is there, a backward pass
+    may append pairs (left [n, rows], right [n, cols]) to it in place of adding to ``.grad``; the
+    gradient is the sum of left^T right. With few rows it is never formed, with many it goes into a
+    buffer that is kept: fresh pages for gradients every step cost as much as Adam. The number of
+    rows alone decides, so that a run can be repeated to the bit.
+    """
 
     def __init__(self, mend: Mend, config: TrainConfig) -> None:
         self.config = config
-        self.parameters = [*mend.editor.nets_parameters(), mend.editor.alpha]
+        nets = list(mend.editor.nets_parameters())
+        self.parameters: list[Tensor] = [*nets, mend.editor.alpha]
         alpha_lr = config.lr if mend.config.official else config.alpha_lr
-        self.rates = (config.lr, alpha_lr)
-        self.adam = torch.optim.Adam(
-            [{"params": mend.editor.nets_parameters()}, {"params": [mend.editor.alpha]}],
-            fused=True,
-        )
+        self.rates = [config.lr] * len(nets) + [alpha_lr]
+        self.moments: dict[int, tuple[Tensor, Tensor]] = {}  # of the parameters that had a gradient
+        self.steps: dict[int, int] = {}
+        self.buffers: dict[int, Tensor] = {}
+        for layer in mend.editor.modules():
+            if isinstance(layer, LowRankLayer):
+                for matrix in (layer.u, layer.v):
+                    matrix.factors = []  # type: ignore[attr-defined]
 
+    @torch.no_grad()
     def step(self, step: int) -> float:
         """Clip, update, clear the gradients.
 
         Returns:
             The gradient norm before clipping. When it is not finite nothing is updated.
         """
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip))
+        factored, dense = self._gradients()
+        norms = [gram_norm(*pair) for pair in factored.values()]
+        # Row by row first: one long sum in float32 would lose digits.
+        norms += [vector_norm(vector_norm(g, dim=-1).double()) for g in dense.values()]
+        norm = float(vector_norm(torch.stack(norms))) if norms else 0.0
         if math.isfinite(norm):
-            for group, rate in zip(self.adam.param_groups, self.rates, strict=True):
-                group["lr"] = rate * learning_rate_factor(self.config, step)
-            self.adam.step()
+            scale = min(1.0, self.config.clip / (norm + 1e-6))
+            self._adam(factored, dense, scale, learning_rate_factor(self.config, step))
         self.discard()
         return norm
 
+    def _gradients(self) -> tuple[dict[int, tuple[Tensor, Tensor]], dict[int, Tensor]]:
+        """The gradients by index of the parameter: as factors, and as tensors."""
+        factored, dense = {}, {}
+        for i, p in enumerate(self.parameters):
+            pairs = _factors(p)
+            rows = sum(len(left) for left, _ in pairs)
+            if pairs and p.grad is None and rows <= fused_rows(p):
+                lefts, rights = zip(*pairs, strict=True)
+                factored[i] = (torch.cat(lefts), torch.cat(rights)) if len(pairs) > 1 else pairs[0]
+            elif pairs:
+                dense[i] = self._product(i, pairs)
+            elif p.grad is not None:
+                dense[i] = p.grad
+        return factored, dense
+
+    def _product(self, i: int, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """The sum of left^T right, added to ``.grad`` or in the buffer of parameter ``i``."""
+        gradient = self.parameters[i].grad
+        if gradient is None:
+            if i not in self.buffers:
+                self.buffers[i] = torch.empty_like(self.parameters[i])
+            (left, right), *pairs = pairs
+            gradient = torch.mm(left.t(), right, out=self.buffers[i])
+        for left, right in pairs:
+            gradient.addmm_(left.t(), right)
+        return gradient
+
+    def _adam(
+        self,
+        factored: dict[int, tuple[Tensor, Tensor]],
+        dense: dict[int, Tensor],
+        scale: float,
+        factor: float,
+    ) -> None:
+        """One step of Adam for every gradient times ``scale``, at ``factor`` of the rates."""
+        for i in (*factored, *dense):
+            p = self.parameters[i]
+            self.steps[i] = self.steps.get(i, 0) + 1
+            if i not in self.moments:
+                self.moments[i] = (torch.zeros_like(p), torch.zeros_like(p))
+        for i, (left, right) in factored.items():
+            p, rate = self.parameters[i], self.rates[i] * factor
+            clip = torch.tensor(scale, device=p.device)
+            factored_adam(p, *self.moments[i], left, right, clip, lr=rate, step=self.steps[i])
+        if scale < 1 and dense:
+            torch._foreach_mul_(list(dense.values()), scale)
+        for rate in dict.fromkeys(self.rates):
+            members = [i for i in dense if self.rates[i] == rate]
+            adam(
+                [self.parameters[i] for i in members],
+                [dense[i] for i in members],
+                [self.moments[i][0] for i in members],
+                [self.moments[i][1] for i in members],
+                [],
+                # It counts on from the steps before this one.
+                [torch.tensor(self.steps[i] - 1.0, device=dense[i].device) for i in members],
+                fused=True,
+                amsgrad=False,
+                beta1=0.9,
+                beta2=0.999,
+                lr=rate * factor,
+                weight_decay=0.0,
+                eps=1e-8,
+                maximize=False,
+            )
+
     def discard(self) -> None:
         """Forget the gradients gathered so far."""
-        self.adam.zero_grad(set_to_none=True)
+        for p in self.parameters:
+            p.grad = None
+            _factors(p).clear()
 
-    def state(self) -> dict[str, torch.Tensor]:
+    def state(self) -> dict[str, Tensor]:
         """Adam's moments as flat tensors, for safetensors."""
-        return {
-            f"{index}.{name}": value
-            for index, values in self.adam.state_dict()["state"].items()
-            for name, value in values.items()
-        }
+        tensors = {}
+        for i, (exp_avg, exp_avg_sq) in self.moments.items():
+            tensors[f"{i}.step"] = torch.tensor(float(self.steps[i]))
+            tensors |= {f"{i}.exp_avg": exp_avg, f"{i}.exp_avg_sq": exp_avg_sq}
+        return tensors
 
-    def load(self, tensors: dict[str, torch.Tensor], where: Path, stepped: bool = True) -> None:
+    def load(self, tensors: dict[str, Tensor], where: Path, stepped: bool = True) -> None:
         """Restore what :meth:`state` gave.
 
         Args:
@@ -82,9 +170,13 @@ class EditorOptimizer:
                 raise ValueError(
                     f"{where}: {name} is {tuple(value.shape)}, expected {tuple(shapes[name])}"
                 )
-        state: dict[int, dict[str, torch.Tensor]] = {}
-        for key, value in tensors.items():
-            index, name = key.split(".")
-            state.setdefault(int(index), {})[name] = value
-        groups = self.adam.state_dict()["param_groups"]
-        self.adam.load_state_dict({"state": state, "param_groups": groups})
+        self.moments, self.steps = {}, {}
+        for i, p in enumerate(self.parameters if stepped else []):
+            first, second = (tensors[f"{i}.{name}"] for name in ("exp_avg", "exp_avg_sq"))
+            self.moments[i] = (first.to(p, copy=True), second.to(p, copy=True))
+            self.steps[i] = int(tensors[f"{i}.step"])
+
+
+def _factors(p: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """The pairs that backward passes have left on a parameter."""
+    return getattr(p, "factors", [])

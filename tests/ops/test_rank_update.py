@@ -20,6 +20,7 @@ from torch import Tensor
 from pymend import _lib, reference
 from pymend.ops import rank_update as op
 
+SEEDED = op.SEEDED
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 needs_binary = pytest.mark.skipif(not _lib.has_kernels(), reason="the native module is not built")
 
@@ -31,9 +32,14 @@ class Case:
     delta: list[Tensor]
     alpha: Tensor
     transposed: list[bool]
+    seed: int | None = None  # of random rounding
 
     def arguments(self):
         return self.weights, self.u, self.delta, self.alpha, self.transposed
+
+    def seeds(self) -> list[int]:
+        """What the op itself is given."""
+        return [] if self.seed is None else [self.seed + i for i in range(len(self.weights))]
 
 
 def make_case(dtype, shapes, rows, transposed=None, alpha=1e-2, seed=0) -> Case:
@@ -72,15 +78,16 @@ def run(backend: str, case: Case, **emulation) -> tuple[list[Tensor], Tensor]:
         new = [e.to(w.dtype) for e, w in zip(exact, case.weights, strict=True)]
         return new, fidelity_of(case, new)
     if backend == "eager":
-        return case.weights, op.eager(*case.arguments())
+        return case.weights, op.eager(*case.arguments(), case.seeds())
     if backend == "emu":
         return case.weights, emulate(case, **emulation)
     case = Case(
         *([t.to(backend) for t in ts] for ts in (case.weights, case.u, case.delta)),
         case.alpha,
         case.transposed,
+        case.seed,
     )
-    fidelity = op.rank_update(*case.arguments())
+    fidelity = op.rank_update(*case.arguments(), seed=case.seed)
     return [w.cpu() for w in case.weights], fidelity
 
 
@@ -95,10 +102,12 @@ def emulate(case: Case, **options) -> Tensor:
     rows, cols = ([t.to(wide).contiguous() for t in ts] for ts in (rows, cols))
     alpha = case.alpha.to(wide)
     fidelity = torch.full_like(alpha, math.nan)
+    seeds = case.seeds() or [0] * len(rows)
     matrices = [
-        (w.data_ptr(), r.data_ptr(), c.data_ptr(), *w.shape, len(r))
-        for w, r, c in zip(case.weights, rows, cols, strict=True)
+        (w.data_ptr(), r.data_ptr(), c.data_ptr(), *w.shape, len(r), seed)
+        for w, r, c, seed in zip(case.weights, rows, cols, seeds, strict=True)
     ]
+    options["random"] = case.seed is not None
     name = str(dtype).removeprefix("torch.")
     _emu.rank_update(name, matrices, alpha.data_ptr(), fidelity.data_ptr(), **options)
     return fidelity
@@ -127,8 +136,8 @@ def fidelity_of(case: Case, new: list[Tensor]) -> Tensor:
     return torch.stack(result)
 
 
-def assert_right(backend: str, case: Case, atol: float = 1e-4) -> None:
-    new, fidelity = run(backend, case)
+def assert_right(backend: str, case: Case, atol: float = 1e-4, **emulation) -> None:
+    new, fidelity = run(backend, case, **emulation)
     eager, _ = run("eager", case)
     for i, (ours, theirs, exact) in enumerate(zip(new, eager, expected(case), strict=True)):
         assert_no_worse_than_eager(ours, theirs, exact, length=len(case.u[i]) + 1)
@@ -176,6 +185,54 @@ def test_fidelity_of_tiny_updates_is_finite(backend):
     case.weights = [torch.zeros(20, 20)]
     _, fidelity = run(backend, case)
     assert abs(fidelity.item() - 1) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", op.SEEDED, ids=str)
+def test_random_rounding_is_fair_and_repeats(backend, dtype):
+    """Only the two neighbours come out, their mean is the value, and every back end agrees."""
+    if backend == "reference":
+        return  # the oracle does not round
+    case = make_case(dtype, [(96, 1000), (7, 5)], [1, 2], seed=3)
+    case.weights[0] = torch.ones(96, 1000, dtype=dtype)
+    case.u[0], case.delta[0] = torch.ones(1, 1000), torch.ones(1, 96)
+    case.alpha = torch.tensor([-0.3 * torch.finfo(dtype).eps, 0.1])  # 0.3 of a step upwards
+    case.seed = 2**40 + 5
+    new, fidelity = run(backend, case)
+    same, _ = run("eager", case)
+    assert all(torch.equal(a, b) for a, b in zip(new, same, strict=True))
+    steps = (new[0].double() - 1) / torch.finfo(dtype).eps
+    assert set(steps.unique().tolist()) == {0.0, 1.0}
+    assert abs(steps.mean() - 0.3) < 4 * (0.21 / steps.numel()) ** 0.5
+    assert abs(steps.mean(0).std() - (0.21 / 96) ** 0.5) < 0.01  # columns are independent
+    assert abs(steps.mean(1).std() - (0.21 / 1000) ** 0.5) < 0.01  # and so are rows
+    assert abs(fidelity[0].item() - 1) < 0.03
+    case.seed += 1
+    assert not torch.equal(run(backend, case)[0][0], new[0])
+
+
+def test_random_rounding_of_every_size(backend):
+    """Zero, subnormal, normal and the largest float16 values, of both signs, and beyond."""
+    if backend == "reference":
+        return
+    values = torch.tensor([0.0, 1e-8, 3e-8, 5.9e-5, 6.2e-5, 1e-3, 1.0, 60000.0, 65504.0])
+    values = torch.cat([values, -values])
+    case = Case(
+        [torch.zeros(400, len(values)).half()],
+        [values[None]],
+        [torch.ones(1, 400)],
+        torch.tensor([-1.0]),
+        [False],
+        seed=1,
+    )
+    (new,), _ = run(backend, case)
+    assert torch.equal(new, run("eager", case)[0][0])
+    exact, got = values.double(), new.double()
+    step = exact.abs().clamp(min=2.0**-14).log2().floor().exp2() / 1024
+    assert ((got - exact).abs() < step).all()
+    assert ((got.mean(0) - exact).abs() <= 0.1 * step).all()
+    case.weights[0].fill_(65504)
+    case.u[0] = values.abs()[None]
+    assert run(backend, case)[0][0].isinf().any(0)[7:9].all()
 
 
 @settings(max_examples=40, deadline=None)
@@ -253,7 +310,8 @@ def test_every_cpu_level(level):
 @pytest.mark.parametrize("name", ["one", "mixed shapes", "Conv1D", "empty"])
 def test_opcheck(name, dtype):
     case = samples(dtype)[name]
-    torch.library.opcheck(torch.ops.pymend.rank_update.default, case.arguments())
+    for chosen in ([], [7] * len(case.u)):
+        torch.library.opcheck(torch.ops.pymend.rank_update.default, (*case.arguments(), chosen))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -410,4 +468,4 @@ def test_native_checks_stand_alone(name):
     change, message = NATIVE_REFUSED[name]
     case = change(make_case(torch.bfloat16, [(3, 4)], [2]))
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.pymend.rank_update.default(*case.arguments())
+        torch.ops.pymend.rank_update.default(*case.arguments(), [])

@@ -1,0 +1,58 @@
+// factored_adam on CPU tensors of float32; the loops are in factored_adam_rows.cpp.
+//
+// Blocks of the matrix are a fixed partition and an element's terms are added in order, so the result does not depend
+// on the number of threads.
+#include <algorithm>
+
+#include "cpu/factored_adam_rows.h"
+#include "cpu/level.h"
+#include "glue/factored_adam.h"
+
+namespace pymend {
+namespace {
+
+constexpr int64_t BLOCK_ROWS = 8 * PANEL_ROWS;  // of one unit of work
+
+// from [n, size] -> [panels][n][panel], the last one filled up with zeros
+Tensor pack(const Tensor& from, int64_t panel) {
+  const int64_t n = from.size(0), size = from.size(1), panels = (size + panel - 1) / panel;
+  Tensor packed = torch::stable::new_empty(from, {panels, n, panel});
+  const auto* source = static_cast<const float*>(from.const_data_ptr());
+  auto* target = static_cast<float*>(packed.mutable_data_ptr());
+  parallel_for(0, panels, 1, [&](int64_t first, int64_t last) {
+    for (int64_t p = first; p < last; ++p) {
+      const int64_t width = std::min(panel, size - p * panel);
+      for (int64_t k = 0; k < n; ++k) {
+        float* to = target + (p * n + k) * panel;
+        std::copy_n(source + k * size + p * panel, width, to);
+        std::fill(to + width, to + panel, 0.0f);
+      }
+    }
+  });
+  return packed;
+}
+
+void factored_adam(Tensor param, Tensor exp_avg, Tensor exp_avg_sq, Tensor left, Tensor right, Tensor scale, double lr,
+                   double beta1, double beta2, double eps, int64_t step) {
+  static const auto adam_block = choose_level<AdamBlock>(PYMEND_LEVELS(adam_block));
+  const FactoredAdam f =
+      gather_factored_adam(param, exp_avg, exp_avg_sq, left, right, scale, lr, beta1, beta2, eps, step);
+  const Tensor packed_left = pack(left, PANEL_ROWS), packed_right = pack(right, PANEL_COLS);
+  const auto* left_ptr = static_cast<const float*>(packed_left.const_data_ptr());
+  const auto* right_ptr = static_cast<const float*>(packed_right.const_data_ptr());
+  const int64_t down = (f.rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
+  const int64_t across = (f.cols + SPAN * PANEL_COLS - 1) / (SPAN * PANEL_COLS);
+  // Down the rows first: the panels of `right` are the larger part, and stay in L2.
+  parallel_for(0, down * across, 1, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t begin = i % down * BLOCK_ROWS, col = i / down * SPAN * PANEL_COLS;
+      adam_block(f, left_ptr + begin * f.n, right_ptr + col * f.n, begin, std::min(begin + BLOCK_ROWS, f.rows), col);
+    }
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(pymend, CPU, m) { m.impl("factored_adam", TORCH_BOX(&factored_adam)); }
+
+}  // namespace pymend

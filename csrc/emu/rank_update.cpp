@@ -1,0 +1,79 @@
+// Bindings of the emulated rank_update kernels.
+#include "kernels/rank_update.cuh"
+
+#include <tuple>
+#include <vector>
+
+#include "emu/bind.h"
+
+namespace pymend {
+namespace emu {
+namespace {
+
+// weight, row, col (addresses), rows, cols, n, seed: see RankUpdate
+using Matrix = std::tuple<uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t, uint64_t>;
+
+template <typename T, int BLOCK>
+void rank_update_on(const std::vector<Matrix>& matrices, uintptr_t alpha, uintptr_t fidelity, bool random, bool mma,
+                    const Schedule& schedule) {
+  RankUpdateList<T> list;
+  for (const auto& [weight, row, col, rows, cols, n, seed] : matrices) {
+    append(list, {at<T>(weight), at<const Acc<T>>(row), at<const Acc<T>>(col), rows, cols, n, list.count, 0, seed},
+           mma ? MmaTile<BLOCK>::ROWS : TILE_ROWS, mma ? MmaTile<BLOCK>::COLS : BLOCK);
+  }
+  std::vector<Kept> partial(list.tiles);
+  const auto run = [&](auto* kernel, size_t shared) {
+    launch(kernel, list.tiles, BLOCK, shared, &schedule, list, at<const Acc<T>>(alpha), partial.data());
+  };
+  const size_t simt_shared = sizeof(RankUpdateShared<T, BLOCK>), mma_shared = sizeof(RankUpdateMmaShared<BLOCK>);
+  if constexpr (sizeof(T) == 2) {
+    if (mma && random) run(rank_update_mma_kernel<T, BLOCK, true>, mma_shared);
+    if (mma && !random) run(rank_update_mma_kernel<T, BLOCK, false>, mma_shared);
+    if (!mma && random) run(rank_update_kernel<T, BLOCK, true>, simt_shared);
+    if (!mma && !random) run(rank_update_kernel<T, BLOCK, false>, simt_shared);
+  } else {
+    run(rank_update_kernel<T, BLOCK, false>, simt_shared);
+  }
+  launch(fidelity_kernel<T, BLOCK>, list.count, BLOCK, sizeof(FidelityShared<BLOCK>), &schedule, list, partial.data(),
+         at<Acc<T>>(fidelity));
+}
+
+template <typename T>
+void rank_update_in(const std::vector<Matrix>& matrices, uintptr_t alpha, uintptr_t fidelity, int block, bool random, bool mma,
+                    const Schedule& schedule) {
+  if (mma && sizeof(T) != 2) throw std::invalid_argument("tensor cores serve bfloat16 and float16 weights");
+  switch (block) {
+    case 32:
+      return rank_update_on<T, 32>(matrices, alpha, fidelity, random, mma, schedule);
+    case 64:
+      return rank_update_on<T, 64>(matrices, alpha, fidelity, random, mma, schedule);
+    case 128:
+      return rank_update_on<T, 128>(matrices, alpha, fidelity, random, mma, schedule);
+    case 256:
+      return rank_update_on<T, 256>(matrices, alpha, fidelity, random, mma, schedule);
+  }
+  throw std::invalid_argument("block is " + std::to_string(block) + ", expected 32, 64, 128 or 256");
+}
+
+void rank_update(const std::string& dtype, const std::vector<Matrix>& matrices, uintptr_t alpha, uintptr_t fidelity,
+                 int block, bool random, bool mma, const std::string& order, uint64_t seed) {
+  if (matrices.size() > MAX_MATRICES) throw std::invalid_argument("one launch takes 32 matrices");
+  const auto schedule = parse_schedule(order, seed);
+  if (dtype == "float64") return rank_update_in<double>(matrices, alpha, fidelity, block, random, mma, schedule);
+  if (dtype == "float32") return rank_update_in<float>(matrices, alpha, fidelity, block, random, mma, schedule);
+  if (dtype == "bfloat16") return rank_update_in<Bf16>(matrices, alpha, fidelity, block, random, mma, schedule);
+  if (dtype == "float16") return rank_update_in<Fp16>(matrices, alpha, fidelity, block, random, mma, schedule);
+  throw std::invalid_argument("dtype is '" + dtype + "'");
+}
+
+}  // namespace
+
+void bind_rank_update(pybind11::module_& m) {
+  namespace py = pybind11;
+  m.def("rank_update", &rank_update, py::arg("dtype"), py::arg("matrices"), py::arg("alpha"), py::arg("fidelity"),
+        py::arg("block") = 64, py::arg("random") = false,
+        py::arg("mma") = false, py::arg("order") = "forward", py::arg("seed") = 0);
+}
+
+}  // namespace emu
+}  // namespace pymend

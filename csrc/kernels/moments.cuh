@@ -1,0 +1,105 @@
+// moments on a GPU: rows (u, delta) are merged into the running moments segment after segment, and normalised.
+//
+// Formula    math/moments.h (MEND, Mitchell et al. 2022, section 3.2), in double.
+// Layout     live_rows_kernel: one warp per row. moments_kernel: one thread per column walks the segments in order; it
+//            reads a segment three times, from L1 or L2 after the first. Neighbouring threads read neighbouring columns.
+//            A launch takes 120 segments; a further launch goes on with the moments that the last one wrote.
+// Bytes      R (a + b) (2 sizeof(T) + sizeof(O)) for R rows, the second reading by and large from L2; 32 (a + b).
+// Caller     Operands as in Segment<T>; blockDim = BLOCK; no shared memory; `live` holds a byte per row of z, `before`
+//            one number; live_rows_kernel first, both on one stream.
+#pragma once
+
+#include "device.h"
+#include "math/moments.h"
+
+namespace pymend {
+
+// Passed to a kernel by value: 120 segments of 32 bytes stay below the 4 KiB of kernel arguments, and a by-value list
+// needs no copy to the device, so no synchronisation, and a launch can be captured in a graph.
+constexpr int MAX_SEGMENTS = 120;
+
+template <typename T>
+struct SegmentList {  // of one segment at least
+  Segment<T> item[MAX_SEGMENTS];
+  int count = 0;
+  int64_t a = 0, b = 0;
+
+  PYMEND_INLINE int64_t first() const { return item[0].first; }
+  PYMEND_INLINE int64_t end() const { return item[count - 1].first + item[count - 1].rows; }
+  // Grids of the two kernels: at least one block, which also copies count.
+  int64_t row_blocks(int block) const { return (end() - first()) / (block / WARP) + 1; }
+  int64_t column_blocks(int block) const { return (a + b + block - 1) / block; }
+};
+
+// Whether an element of row [0, width) is not zero; the same answer for all lanes.
+template <typename T>
+__device__ __forceinline__ bool warp_any_nonzero(const T* row, int64_t width) {
+  int any = 0;
+  for (int64_t i = threadIdx.x % WARP; i < width; i += WARP) any |= row[i] != 0;
+  for (int lane = WARP / 2; lane > 0; lane /= 2) any |= __shfl_xor_sync(ALL_LANES, any, lane);
+  return any != 0;
+}
+
+// live[row of z]: neither u nor delta is zero throughout. Also copies count, which moments_kernel reads in all its
+// blocks and writes in one.
+template <typename T, int BLOCK>
+__global__ void live_rows_kernel(const __grid_constant__ SegmentList<T> list, const int64_t* count, int64_t* before,
+                                 uint8_t* live) {
+  if (blockIdx.x == 0 && threadIdx.x == 0) *before = *count;
+  const int64_t row = list.first() + int64_t(blockIdx.x) * (BLOCK / WARP) + threadIdx.x / WARP;
+  if (row >= list.end()) return;  // whole warps
+  int i = 0;
+  while (row >= list.item[i].first + list.item[i].rows) ++i;
+  const Segment<T>& segment = list.item[i];
+  const bool u = warp_any_nonzero(segment.u + (row - segment.first) * list.a, list.a);
+  const bool delta = warp_any_nonzero(segment.delta + (row - segment.first) * list.b, list.b);
+  if (threadIdx.x % WARP == 0) live[row] = u && delta;
+}
+
+template <typename T, typename O, int BLOCK>
+__global__ void moments_kernel(const __grid_constant__ SegmentList<T> list, const uint8_t* live, const int64_t* before,
+                               double* mean, double* m2, int64_t* count, bool merge, O* z) {
+  const int64_t column = int64_t(blockIdx.x) * BLOCK + threadIdx.x, columns = list.a + list.b;
+  if (column >= columns) return;
+  ColumnMoments moments{mean[column], m2[column]};
+  int64_t seen = *before;
+  double inverse = moments.inverse(static_cast<double>(seen));
+  for (int s = 0; s < list.count; ++s) {
+    const Segment<T>& segment = list.item[s];
+    const Column<T> x(segment, list.a, list.b, column);
+    const uint8_t* alive = live + segment.first;
+    if (merge) {
+      // Selected, not skipped: loads of several rows can be under way at once.
+      double sum = 0, squares = 0;
+      int64_t kept = 0;
+#pragma unroll 4
+      for (int64_t r = 0; r < segment.rows; ++r) {
+        const double value = x.at[r * x.step];
+        sum += alive[r] ? value : 0.0;
+        kept += alive[r];
+      }
+      if (kept > 0) {
+        const double own = sum / static_cast<double>(kept);
+#pragma unroll 4
+        for (int64_t r = 0; r < segment.rows; ++r) {
+          const double deviation = x.at[r * x.step] - own;
+          squares += alive[r] ? deviation * deviation : 0.0;
+        }
+        moments.merge(static_cast<double>(seen), static_cast<double>(kept), own, squares);
+        seen += kept;
+        inverse = moments.inverse(static_cast<double>(seen));
+      }
+    }
+#pragma unroll 4
+    for (int64_t r = 0; r < segment.rows; ++r) {
+      const double value = (x.at[r * x.step] - moments.mean) * inverse;
+      z[(segment.first + r) * columns + column] = static_cast<O>(alive[r] ? value : 0.0);
+    }
+  }
+  if (!merge) return;
+  mean[column] = moments.mean;
+  m2[column] = moments.m2;
+  if (column == 0) *count = seen;
+}
+
+}  // namespace pymend

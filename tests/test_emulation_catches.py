@@ -1,0 +1,155 @@
+"""Faults planted in the kernels' own sources, and that the emulated suite catches each.
+
+A fault is one change of text. The kernel's bindings are compiled with it, linked with the other
+objects of the build, and the op's emulation tests run on the result: they must fail.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from pymend import _lib
+
+ROOT = Path(__file__).parent.parent
+OBJECTS = ROOT / "build/cmake/CMakeFiles/_emu.dir/csrc/emu"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """``old`` becomes ``new`` in csrc/``path``; ``op`` is compiled again and tested."""
+
+    op: str
+    path: str
+    old: str
+    new: str
+
+
+RANK_UPDATE = "kernels/rank_update.cuh"
+FAULTS = {
+    "missing barrier": Fault(
+        "rank_update",
+        RANK_UPDATE,
+        "    __syncthreads();\n    if (inside) {",
+        "    if (inside) {",
+    ),
+    "wrong bound": Fault(
+        "rank_update", RANK_UPDATE, "if (row0 + r < m.rows) {", "if (row0 + r <= m.rows) {"
+    ),
+    "wrong fragment index": Fault(
+        "rank_update", RANK_UPDATE, "warp_col + i / 2 * 8 + g", "warp_col + i / 2 * 8 + t"
+    ),
+}
+MORE_FAULTS = {
+    "stage read before it is whole": Fault(
+        "rank_update",
+        RANK_UPDATE,
+        "shared.factors.col);\n    __syncthreads();",
+        "shared.factors.col);",
+    ),
+    "stage overwritten while it is read": Fault(
+        "rank_update",
+        RANK_UPDATE,
+        "    __syncthreads();  // the previous stage has been read\n",
+        "",
+    ),
+    "low parts forgotten": Fault(
+        "rank_update",
+        RANK_UPDATE,
+        "mma_bf16(sum[i / 4][i % 4], a[0][i / 4], b[1][i % 4]);",
+        "",
+    ),
+    "tile of the wrong matrix": Fault(
+        "rank_update",
+        "math/rank_update.h",
+        "while (tile >= end_tile(i))",
+        "while (tile > end_tile(i))",
+    ),
+    "fidelity of another matrix": Fault(
+        "rank_update", RANK_UPDATE, "fidelity[list.item[index].index]", "fidelity[0]"
+    ),
+    "alpha of another matrix": Fault(
+        "rank_update",
+        RANK_UPDATE,
+        "const Acc<T> step = -alpha[m.index];",
+        "const Acc<T> step = -alpha[0];",
+    ),
+    "no tie to even": Fault(
+        "module", "math/rounding.h", "0x7FFFu + ((word >> 16) & 1u)", "0x8000u"
+    ),
+}
+
+
+def compile_fault(fault: Fault, folder: Path) -> None:
+    """Put _emu with the fault, and the untouched _C, into ``folder``."""
+    sources = folder / "csrc"
+    shutil.copytree(ROOT / "csrc", sources)
+    path = sources / fault.path
+    text = path.read_text()
+    assert fault.old in text, f"{fault.path} no longer has {fault.old!r}: plant the fault anew"
+    path.write_text(text.replace(fault.old, fault.new, 1))
+
+    commands = json.loads((ROOT / "build/cmake/compile_commands.json").read_text())
+    name = f"csrc/emu/{fault.op}.cpp"
+    command = shlex.split(next(c["command"] for c in commands if c["file"].endswith(name)))
+    made = folder / "fault.o"
+    command[command.index("-o") + 1] = str(made)
+    command = [str(sources) if part == str(ROOT / "csrc") else part for part in command]
+    command = [part.replace(f"-I{ROOT}/csrc", f"-I{sources}") for part in command]
+    command = [part.replace(str(ROOT / name), str(folder / name)) for part in command]
+    subprocess.run([*command, "-O1"], cwd=folder, check=True)
+    others = [o for o in OBJECTS.glob("*.o") if o.name != f"{fault.op}.cpp.o"]
+    link = [command[0], "-shared", "-o", folder / "_emu.so", made, *others]
+    boost = "-DPYMEND_BOOST_CONTEXT" in command
+    subprocess.run([*link, *["-lboost_context"] * boost], check=True)
+    shutil.copy(_lib._C.__file__, folder)
+
+
+def run_suite(fault: Fault, folder: Path) -> subprocess.CompletedProcess[str]:
+    """The op's emulation tests on the module in ``folder``, up to the first failure."""
+    files = ["tests/test_emulation.py", f"tests/ops/test_{fault.op}.py"]
+    files = [name for name in files if (ROOT / name).exists()]
+    options = ["-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", "-k", "emu or emulation"]
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", *options, *files],
+        cwd=ROOT,
+        env={**os.environ, "PYMEND_NATIVES": str(folder)},
+        capture_output=True,
+        text=True,
+    )
+
+
+def check_caught(fault: Fault, folder: Path) -> None:
+    if not OBJECTS.exists() or not _lib.has_kernels():
+        pytest.skip("no objects of _emu below build/cmake: run make build")
+    compile_fault(fault, folder)
+    done = run_suite(fault, folder)
+    crashed = done.returncode < 0  # a write out of bounds may end the process at once
+    assert crashed or (done.returncode == 1 and " failed" in done.stdout), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_caught(name, tmp_path):
+    check_caught(FAULTS[name], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MORE_FAULTS)
+def test_more_are_caught(name, tmp_path):
+    check_caught(MORE_FAULTS[name], tmp_path)
+
+
+@pytest.mark.slow
+def test_without_a_fault_the_same_way_passes(tmp_path):
+    sound = Fault("rank_update", RANK_UPDATE, "#pragma once", "#pragma once")
+    compile_fault(sound, tmp_path)
+    done = run_suite(sound, tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
