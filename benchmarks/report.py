@@ -32,7 +32,7 @@ WHERE = (
     *("device", "capability", "threads", "torch", "python", "commit", "time"),
     *("model", "dtype", "matmul", "rank", "tokens", "rounds", "calls", "GFLOP/s", "GB/s"),
 )
-NEEDED = {"rival", "seconds", "device", "threads", "torch", "commit", "time"}
+NEEDED = {"rival", "seconds", "spread", "device", "threads", "torch", "commit", "time"}
 SHOWN = ("seconds", "spread", "times faster", "goal", "ceiling", "extra MiB")
 MEASURED = (*SHOWN, "episodes/s", "GFLOP", "memory ratio")
 SHORT = 0.1  # seconds; a table with shorter times is in milliseconds
@@ -118,12 +118,12 @@ def _line(rows: Sequence[Row]) -> str:
     """The line under a table: when, where and on what."""
     row = rows[0]
     constant = {k for k in WHERE if k in row and all(r.get(k) == row[k] for r in rows)}
-    parts = [f"{datetime.fromisoformat(row['time']):%Y-%m-%d}", f"{row['device']}"]
+    parts = [f"{datetime.fromisoformat(row['time']):%Y-%m-%d}", str(row["device"])]
     parts += [f"{row['threads']} threads", f"torch {row['torch']}", f"commit {row['commit']}"]
     parts += [str(row[k]) for k in ("model", "dtype") if k in constant]
     parts += [f"{k} {row[k]}" for k in ("matmul", "rank", "tokens", "calls") if k in constant]
     rates = [f"{row[k]} {k}" for k in ("GFLOP/s", "GB/s") if k in constant]
-    return f"{', '.join(parts)}; ceilings {' and '.join(rates)}." if rates else f"{parts}."
+    return ", ".join(parts) + (f"; ceilings {' and '.join(rates)}." if rates else ".")
 
 
 # -- tables --------------------------------------------------------------------------------------
@@ -186,16 +186,21 @@ def _gpu(results: Path) -> str:
     """Goals, predictions and what every recorded run reached."""
     parts = []
     for path in sorted(results.glob("gpu*/gpu.json")):
-        run = json.loads(path.read_text(encoding="utf-8"))
-        if run["rehearsal"]:
-            raise ValueError(f"{path.parent.name}/{path.name} is a rehearsal on a CPU, no result")
-        place = run["stages"]["manifest"]
-        named = f"{run['time'][:10]}, {place['device']}, torch {place['torch']}"
+        name = path.relative_to(results.parents[1])
+        try:
+            run = json.loads(path.read_text(encoding="utf-8"))
+            place = run["stages"]["manifest"]
+            named = f"{run['time'][:10]}, {place['device']}, torch {place['torch']}"
+            rehearsal, commit = run["rehearsal"], place["commit"]
+        except (KeyError, json.JSONDecodeError) as error:
+            raise ValueError(f"{name} is not the file of a GPU run: {error!r}") from error
+        if rehearsal:
+            raise ValueError(f"{name} is a rehearsal on a CPU, no result")
         parts.append(markdown(roofline.goals(run)))
-        parts.append(f"{named}, commit {place['commit']}; `{path.relative_to(results.parents[1])}`")
+        parts.append(f"{named}, commit {commit}; `{name}`")
     if not parts:
         parts.append(markdown(roofline.goals(roofline.NO_RUN)))
-        parts.append(f"{roofline.NOT_YET.capitalize()}: goals and predictions only.")
+        parts.append(f"Goals and predictions only: {roofline.NOT_YET}.")
     return "\n\n".join(parts)
 
 
