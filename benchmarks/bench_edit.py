@@ -109,16 +109,14 @@ class Bench:
 
 
 @pytest.fixture(scope="module")
-def bench() -> Bench:
-    return Bench(Settings(), RIVAL, *OURS)
+def bench(settings: Settings) -> Bench:
+    return Bench(settings, RIVAL, *OURS)
 
 
 @pytest.mark.parametrize("rival", [RIVAL, *OURS])
 def test_edit(benchmark: Any, bench: Bench, rival: str) -> None:
     """Seconds from a request to a usable model."""
-    benchmark.extra_info.update(model=bench.model_name, dtype="float32")
-    chosen = bench.rivals[rival]
-    benchmark.pedantic(chosen.call, teardown=chosen.undo, rounds=10, warmup_rounds=2)
+    harness.under_pytest(benchmark, bench.rivals[rival], model=bench.model_name)
 
 
 def main(settings: Settings) -> None:

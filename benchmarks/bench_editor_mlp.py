@@ -1,6 +1,7 @@
 """One layer of the editor's network: weight by weight, all weights together in torch, and our op.
 
-    python benchmarks/bench_editor_mlp.py
+    python benchmarks/bench_editor_mlp.py      # all rivals interleaved, a table
+    pytest benchmarks/bench_editor_mlp.py      # both passes of a layer under pytest-benchmark
 
 Widths of SmolLM2-135M (576 + 1536, six weights of that shape) and GPT-2 (768 + 3072, three), and
 rows of few tokens up to a batch of long edits. The rivals of a layer are the same layer in torch
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import harness
+import pytest
 import torch
 from harness import Ceiling, Rival, Settings
 from torch import Tensor, nn
@@ -22,6 +24,7 @@ from pymend.ops import editor_mlp as op
 WIDTHS = {2112: 6, 3840: 3}  # d -> weights of that shape
 ROWS = (20, 120, 800)
 QUICK_WIDTHS, QUICK_ROWS = {24: 2}, (5,)
+LAYERS = ("per weight, eager", "grouped, eager", "grouped, ours")
 
 
 class Layer:
@@ -58,11 +61,8 @@ class Layer:
 
             return Rival(both if backward else forward, self.forget)
 
-        return {
-            "per weight, eager": rival(self.per_weight),
-            "grouped, eager": rival(self.grouped),
-            "grouped, ours": rival(self.ours),
-        }
+        ways = (self.per_weight, self.grouped, self.ours)
+        return {name: rival(way) for name, way in zip(LAYERS, ways, strict=True)}
 
     def forget(self) -> None:
         for tensor in (self.x, *self.parameters):
@@ -85,7 +85,20 @@ class Layer:
         }
 
 
+@pytest.mark.parametrize("rival", LAYERS)
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("d", WIDTHS)
+def test_editor_mlp(benchmark: Any, settings: Settings, d: int, rows: int, rival: str) -> None:
+    """Seconds of a layer, forward and backward."""
+    widths = WIDTHS
+    if settings.quick:
+        widths, d, rows = QUICK_WIDTHS, *QUICK_WIDTHS, *QUICK_ROWS
+    layer = Layer(rows, d, settings.rank, widths[d])
+    harness.under_pytest(benchmark, layer.layer_rivals(backward=True)[rival])
+
+
 def main(settings: Settings) -> None:
+    """Print and record the table."""
     settings.apply()
     ceiling = Ceiling.measure(settings.quick)
     table: list[dict[str, Any]] = []
@@ -100,7 +113,7 @@ def main(settings: Settings) -> None:
                 rivals = layer.epilogue_rivals(backward)
                 moved = 4 * 3 * layer.elements
                 measured += harness.compare(rivals, settings.rounds, ceiling, moved)
-                about = {"d": d, "rows": rows, "backward": backward}
+                about = {"d": d, "rows": rows, "pass": "backward" if backward else "forward"}
                 table += [{"rival": row.pop("rival"), **about, **row} for row in measured]
     where = harness.environment("random layers", settings, ceiling)
     harness.report("editor_mlp", table, where, settings.output)

@@ -1,6 +1,7 @@
 """One optimiser step of an editor's matrix from the factors of its gradient: norm, clip, Adam.
 
-    python benchmarks/bench_factored_adam.py
+    python benchmarks/bench_factored_adam.py      # all rivals interleaved, a table
+    pytest benchmarks/bench_factored_adam.py      # the same calls under pytest-benchmark
 
 Every rival takes the same factors (left [R, rows], right [R, cols]) and clips, for R rows.
 "official" writes a fresh gradient, looks for NaN and Inf as the paper's code does, and runs Adam
@@ -13,8 +14,10 @@ pymend.ops.factored_adam is where the last two meet. The ceiling is a copy of 24
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import harness
+import pytest
 import torch
 from harness import Ceiling, Rival, Settings
 from torch import Tensor, nn
@@ -24,6 +27,8 @@ from pymend.ops.factored_adam import factored_adam, gram_norm
 
 ROWS = (8, 24, 120, 240, 400, 800)
 SHAPE = (2112, 1920)  # u of a network for SmolLM2's MLP matrices
+QUICK = (66, 60)
+RIVALS = ("official", "lean torch", "ours, dense", "ours, fused")
 CLIP = 100.0
 LEARNING_RATE = 1e-6
 
@@ -82,27 +87,29 @@ def rivals(shape: tuple[int, int], rows: int) -> dict[str, Rival]:
 
         return call
 
-    return {
-        "official": Rival(torch_step(fused=False)),
-        "lean torch": Rival(torch_step(fused=True)),
-        "ours, dense": Rival(dense()),
-        "ours, fused": Rival(fused()),
-    }
+    calls = (torch_step(fused=False), torch_step(fused=True), dense(), fused())
+    # Of the product alone, for every rival alike: torch's counter does not know the op.
+    flops = 2 * rows * shape[0] * shape[1]
+    return {k: Rival(call, flops=flops) for k, call in zip(RIVALS, calls, strict=True)}
+
+
+@pytest.mark.parametrize("rival", RIVALS)
+@pytest.mark.parametrize("rows", ROWS)
+def test_factored_adam(benchmark: Any, settings: Settings, rows: int, rival: str) -> None:
+    """Seconds of one step of one matrix."""
+    shape = QUICK if settings.quick else SHAPE
+    harness.under_pytest(benchmark, rivals(shape, rows)[rival])
 
 
 def main(settings: Settings) -> None:
     """Print and record the table."""
     settings.apply()
     ceiling = Ceiling.measure(settings.quick)
-    shape = (66, 60) if settings.quick else SHAPE
-    elements = shape[0] * shape[1]
+    shape = QUICK if settings.quick else SHAPE
+    moved = 24 * shape[0] * shape[1]
     table = []
     for rows in ROWS:
-        # Of the product and Adam alone, for every rival: torch's counter does not know the op.
-        flops = 2 * rows * elements
-        floor = max(flops / ceiling.flops, 24 * elements / ceiling.bytes)
-        for row in harness.compare(rivals(shape, rows), settings.rounds, ceiling):
-            row |= {"GFLOP": flops / 1e9, "ceiling": floor / row["seconds"]}
+        for row in harness.compare(rivals(shape, rows), settings.rounds, ceiling, moved):
             table.append({**row, "rival": f"{row['rival']}, {rows} rows"})
     where = harness.environment(f"matrix {shape[0]} x {shape[1]}", settings, ceiling)
     harness.report("factored_adam", table, where, settings.output)

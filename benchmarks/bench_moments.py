@@ -90,8 +90,8 @@ def subjects(quick: bool, tokens: int) -> dict[str, Subject]:
 
 
 @pytest.fixture(scope="module")
-def rivals() -> dict[str, Rival]:
-    found = subjects(False, Settings().tokens).items()
+def rivals(settings: Settings) -> dict[str, Rival]:
+    found = subjects(settings.quick, settings.tokens).items()
     return {k: rival for name, subject in found for k, rival in subject.rivals(name).items()}
 
 
@@ -99,8 +99,7 @@ def rivals() -> dict[str, Rival]:
 @pytest.mark.parametrize("name", SHAPES)
 def test_moments(benchmark: Any, rivals: dict[str, Rival], name: str, kind: str) -> None:
     """Seconds to merge and normalise the rows of one step."""
-    benchmark.extra_info.update(model=name, dtype="float32")
-    benchmark.pedantic(rivals[f"{name}, {kind}"].call, rounds=20, warmup_rounds=2)
+    harness.under_pytest(benchmark, rivals[f"{name}, {kind}"], rounds=20, model=name)
 
 
 def main(settings: Settings) -> None:

@@ -25,6 +25,7 @@ SHAPES = {
     "head": (49152, 576, 1),
     "editor": (1920, 2112, 4),
 }  # m, k, copies
+QUICK = (128, 32, 2)
 ROWS = (1, 4, 20, 190)
 RIVAL = "torch"
 
@@ -43,9 +44,10 @@ def pair(m: int, k: int, copies: int, rows: int) -> dict[str, Rival]:
 @pytest.mark.parametrize("rival", [RIVAL, "oneDNN"])
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_product(benchmark: Any, shape: str, rows: int, rival: str) -> None:
+def test_product(benchmark: Any, settings: Settings, shape: str, rows: int, rival: str) -> None:
     """Seconds of one product with each of the weights."""
-    benchmark(pair(*SHAPES[shape], rows)[rival].call)
+    sizes = QUICK if settings.quick else SHAPES[shape]
+    harness.under_pytest(benchmark, pair(*sizes, rows)[rival])
 
 
 def main(settings: Settings) -> None:
@@ -55,7 +57,7 @@ def main(settings: Settings) -> None:
     table = []
     for name, (m, k, copies) in SHAPES.items():
         for rows in ROWS:
-            m, k = (128, 32) if settings.quick else (m, k)
+            m, k, copies = QUICK if settings.quick else (m, k, copies)
             size = 4 * m * k * copies
             with torch.no_grad():
                 lines = harness.compare(

@@ -80,15 +80,15 @@ class Bench:
 
 
 @pytest.fixture(scope="module")
-def bench() -> Bench:
-    return Bench(Settings())
+def bench(settings: Settings) -> Bench:
+    return Bench(settings)
 
 
 @pytest.mark.parametrize("rival", [RIVAL, *OURS])
 def test_train_step(benchmark: Any, bench: Bench, rival: str) -> None:
     """Seconds of one optimiser step over ten episodes."""
-    benchmark.extra_info.update(model=bench.model_name, dtype="float32", episodes=EPISODES)
-    benchmark.pedantic(bench.rivals[rival].call, rounds=5, warmup_rounds=1)
+    about = {"model": bench.model_name, "episodes": EPISODES}
+    harness.under_pytest(benchmark, bench.rivals[rival], rounds=5, **about)
 
 
 def main(settings: Settings) -> None:

@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from report import cells
+from roofline import markdown
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -139,6 +141,7 @@ class Rival:
     call: Callable[[], object]
     undo: Callable[[], object] = lambda: None
     goal: float = 0.0  # wanted times faster than the first rival; 0: none stated
+    flops: int | None = None  # of one call, where torch's counter does not know its ops
 
 
 def interleaved(
@@ -181,14 +184,12 @@ def compare(
     for name, rival in rivals.items():
         times = seconds[name]
         median = statistics.median(times)
-        with FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
-            rival.call()
-        rival.undo()
-        flops = counter.get_total_flops()
+        flops = _count_flops(rival) if rival.flops is None else rival.flops
         floor = max(flops / ceiling.flops, weights / ceiling.bytes)
         rows.append(
             {
                 "rival": name,
+                "calls": rounds,
                 "seconds": median,
                 "spread": (max(times) - min(times)) / median,
                 "episodes/s": episodes / median,
@@ -199,6 +200,19 @@ def compare(
             }
         )
     return rows
+
+
+def _count_flops(rival: Rival) -> int:
+    with FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
+        rival.call()
+    rival.undo()
+    return counter.get_total_flops()
+
+
+def under_pytest(benchmark: Any, rival: Rival, rounds: int = 10, **about: object) -> None:
+    """Time one rival by pytest-benchmark's fixture; its record keeps what it is ``about``."""
+    benchmark.extra_info.update(about)
+    benchmark.pedantic(rival.call, teardown=rival.undo, rounds=rounds, warmup_rounds=1)
 
 
 @dataclass(frozen=True)
@@ -294,26 +308,12 @@ def environment(model: str, settings: Settings, ceiling: Ceiling) -> dict[str, A
     }
 
 
-def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """``rows`` as a table."""
-    cells = [list(rows[0]), ["---"] * len(rows[0]), *([_cell(*x) for x in r.items()] for r in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
-
-
-def _cell(column: str, value: Any) -> str:
-    if column == "goal":
-        return f">= {value:g}" if value else "-"
-    if column in ("spread", "ceiling"):
-        return f"{value:.0%}"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
 def report(
     name: str, rows: Sequence[Mapping[str, Any]], where: Mapping[str, Any], out: Path
 ) -> None:
     """Print the table and its environment, and append both to ``out/name.jsonl``."""
     print(f"\n{name}: " + ", ".join(f"{k} {v}" for k, v in where.items()) + "\n")
-    print(markdown(rows), flush=True)
+    print(markdown([cells(row) for row in rows]), flush=True)
     out.mkdir(parents=True, exist_ok=True)
     with open(out / f"{name}.jsonl", "a", encoding="utf-8") as file:
         file.writelines(json.dumps({**row, **where}) + "\n" for row in rows)

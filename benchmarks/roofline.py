@@ -17,6 +17,7 @@ from typing import Any
 PREDICTIONS = Path(__file__).with_name("predictions.json")
 NOT_YET = "not yet run on a GPU"
 REHEARSAL = "REHEARSAL on a CPU at tiny sizes: nothing here is a measurement."
+NO_RUN = {"rehearsal": False, "stages": {}}
 OURS = ("F ours graph", "E ours")
 Results = Mapping[str, Any]
 Row = dict[str, Any]
@@ -213,7 +214,7 @@ def text(results: Results) -> str:
     """The whole report."""
     parts = ["# GPU run", ""]
     if not results:
-        results = {"rehearsal": False, "stages": {}}
+        results = NO_RUN
     elif results["rehearsal"]:
         parts += [f"**{REHEARSAL}**", ""]
     stages = results["stages"]

@@ -1,4 +1,7 @@
-"""The benchmark scripts run, name every rival, and record what they print. No timing is judged."""
+"""The benchmarks run, as scripts and under pytest, and record what they print. No timing is judged.
+
+A new ``bench_<name>.py`` gets its rivals in ``RIVALS``.
+"""
 
 from __future__ import annotations
 
@@ -40,9 +43,38 @@ RIVALS = {  # by script, in the order of its table
         for rows in (8, 24, 120, 240, 400, 800)
         for rival in ("official", "lean torch", "ours, dense", "ours, fused")
     ],
+    "token_losses": ["torch", "ours", "copy"] * 2,  # passes
+    "rank_update": ["torch addmm_", "ours", "copy"] * 9,  # three dtypes, three numbers of rows
+    "side_path": ["dense", "ours", "no edit"] * 6,
 }
-NO_PRODUCTS = ("moments", "epilogue")  # scripts or rivals without a product of matrices
+# Scripts or rivals without a product of matrices.
+NO_PRODUCTS = ("moments", "epilogue", "token_losses", "copy")
 ENVIRONMENT = {"device", "threads", "torch", "python", "commit", "dtype", "matmul", "model"}
+
+
+def test_every_script_is_run_here():
+    scripts = {p.stem.removeprefix("bench_") for p in (ROOT / "benchmarks").glob("bench_*.py")}
+    assert scripts == RIVALS.keys()
+
+
+def test_every_rival_runs_under_pytest_too():
+    options = ["--quick", "--benchmark-disable", "-p", "no:cacheprovider", "-rA", "-q"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "benchmarks", *options],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+    for name in RIVALS:
+        assert f"PASSED benchmarks/bench_{name}.py::test_" in done.stdout
+
+
+def test_a_plain_run_of_the_tests_leaves_benchmarks_out(pytestconfig):
+    assert pytestconfig.getini("testpaths") == ["tests"]
+    assert not list((ROOT / "tests").rglob("bench_*.py"))
 
 
 @pytest.mark.parametrize("name", RIVALS)
