@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from dataclasses import dataclass
 
-from pymend.ops.token_losses import token_losses
+import torch
+from torch import Tensor, nn
+
+from pymend.ops.head_losses import head_losses
+from pymend.ops.token_losses import TokenLosses, token_losses
 from pymend.tokens import IGNORE
+
+
+@dataclass(frozen=True)
+class LabelRows:
+    """What a model makes of the label positions of a batch.
+
+    ``values`` are the inputs [k, d] of ``head``, whose output is the model's; where the model has
+    no such head, ``head`` is None and ``values`` are logits [k, vocabulary].
+    """
+
+    values: Tensor
+    head: nn.Linear | None
+
+    def losses(self, target: Tensor | None = None, base: LabelRows | None = None) -> TokenLosses:
+        """``token_losses`` of the logits, against targets [k] and the rows of the base model."""
+        constant = None if base is None else base.values
+        if self.head is None:
+            return token_losses(self.values, target, constant)
+        return head_losses(self.values, self.head.weight, self.head.bias, target, constant)
 
 
 def mean_per_row(values: Tensor, row: Tensor, rows: int) -> Tensor:
@@ -19,19 +41,6 @@ def mean_of_seen(values: Tensor, target: Tensor, row: Tensor, rows: int) -> Tens
     """:func:`mean_per_row` over the positions whose target is not IGNORE."""
     seen = target != IGNORE
     return mean_per_row(values[seen], row[seen], rows)
-
-
-def nll_rows(logits: Tensor, target: Tensor, row: Tensor, rows: int) -> Tensor:
-    """Token mean of -log p(target) of each row [rows], from logits [k, vocabulary], float32 up.
-
-    Positions whose target is IGNORE do not count.
-    """
-    return mean_of_seen(token_losses(logits, target).nll, target, row, rows)
-
-
-def kl_rows(base: Tensor, edited: Tensor, row: Tensor, rows: int) -> Tensor:
-    """Token mean of KL(base || edited) of each row [rows]; base [k, vocabulary] is a constant."""
-    return mean_per_row(token_losses(edited, base=base).kl, row, rows)
 
 
 def hits_rows(best: Tensor, target: Tensor, row: Tensor, rows: int) -> Tensor:

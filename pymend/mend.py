@@ -23,9 +23,8 @@ from pymend.config import EditRequest, MendConfig, from_json, to_json
 from pymend.edit import Edit, LowRank, Outcome, fingerprint
 from pymend.editor import Editor
 from pymend.files import digest, read_json, read_tensors, writable_dir, write_json, write_tensors
-from pymend.losses import hits_rows, mean_of_seen, nll_rows
+from pymend.losses import hits_rows, mean_of_seen
 from pymend.models import EditedWeight, find_weights, frozen, weight_of
-from pymend.ops.token_losses import token_losses
 from pymend.replay import Replay
 from pymend.tokens import Batch, Encoder, Row
 
@@ -70,13 +69,13 @@ class Mend:
         """
         batch = Batch.of(rows, replay.device)
         with capture(replay.model, self.weights) as tape:
-            logits = replay.logits(batch)
+            nll = replay.label_rows(batch).losses(batch.target).nll
             if self.config.official:
                 per_episode = len(rows) // episodes
-                loss = nll_rows(logits, batch.target, batch.row // per_episode, episodes).sum()
+                means = mean_of_seen(nll, batch.target, batch.row // per_episode, episodes)
             else:
-                loss = nll_rows(logits, batch.target, batch.row, len(rows)).sum()
-            return tape.backward(loss, episodes)
+                means = mean_of_seen(nll, batch.target, batch.row, len(rows))
+            return tape.backward(means.sum(), episodes)
 
     def factors(
         self, captured: Mapping[str, Factors], joint: bool = False, merge: bool = False
@@ -282,9 +281,9 @@ def _outcomes(
     n = len(rows)
     looks = []
     with torch.no_grad():
-        before = token_losses(replay.logits(batch), batch.target)
+        before = replay.label_rows(batch).losses(batch.target)
         with edit.applied(replay.model):
-            after = token_losses(replay.logits(batch), batch.target)
+            after = replay.label_rows(batch).losses(batch.target)
     for look in (before, after):
         probability = (-mean_of_seen(look.nll, batch.target, batch.row, n)).exp().tolist()
         hits = hits_rows(look.best, batch.target, batch.row, n).tolist()

@@ -3,7 +3,8 @@
 Everything below the lowest edited block gives the same hidden states before and after an edit.
 They are computed once for all rows of a step and handed to every later pass. No model code is
 copied: blocks below the cut are told to return the kept states, so masks, rotary tables, the final
-norm and the head run as the model wrote them. The head sees label rows only.
+norm and the head run as the model wrote them. The head sees label rows only; one whose output is
+the model's does not run at all here, since the losses need it on a few rows at a time.
 """
 
 from __future__ import annotations
@@ -13,15 +14,14 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from pymend.models import EditedWeight, forwards, lowest_block
+from pymend.losses import LabelRows
+from pymend.models import EditedWeight, forwards, is_plain, lowest_block
 from pymend.tokens import Batch, Row
 
-HEAD_ROWS = 4  # fewest rows the head is given, if more than one
 PASS_TOKENS = 64  # padding that costs about as much as another pass
 GROUP_TOKENS = 2048  # tokens of one prefix pass; more gains nothing, and memory grows
 
@@ -45,6 +45,7 @@ class Replay:
         edited = {model.get_submodule(w.module) for w in weights}
         # An edited head needs whole rows: factors and edits go by the rows of the batch.
         self._head: nn.Module | None = None if head in edited else head
+        self._last = False  # whether what the head returns is what the model returns
         self._keep = keep
         self._states: dict[tuple[int, ...], list[Tensor]] = {}
         self._shape: tuple[list[Any], TreeSpec, list[int]] | None = None
@@ -75,18 +76,26 @@ class Replay:
         assert self.blocks is not None
         batch = Batch.of([Row(ids, answer=False) for ids in group], self.device)
         output: Any = None
+        from_head: list[tuple[Tensor, int]] = []
 
         def keep(_module: nn.Module, _args: Any, result: Any) -> None:
             nonlocal output
             output = result
 
-        handle = self.blocks[self.cut - 1].register_forward_hook(keep)
-        try:
+        def see(_module: nn.Module, _args: Any, result: Tensor) -> None:
+            from_head.append((result, result._version))
+
+        with ExitStack() as stack:
+            stack.callback(self.blocks[self.cut - 1].register_forward_hook(keep).remove)
+            if is_plain(self._head):
+                stack.callback(self._head.register_forward_hook(see).remove)
             # The rest of the model would be thrown away: skip its blocks and give the head no row.
-            with forwards(dict.fromkeys(self.blocks[self.cut :], lambda *_, **__: output)):
-                self._run(batch, batch.row[:0], batch.position[:0])
-        finally:
-            handle.remove()
+            above = dict.fromkeys(self.blocks[self.cut :], lambda *_, **__: output)
+            stack.enter_context(forwards(above))
+            logits = self._run(batch, batch.row[:0], batch.position[:0])
+        # The very tensor, and not written to since: a capped or scaled one is another or is newer.
+        seen = [version for x, version in from_head if x is logits]
+        self._last = len(from_head) == 1 and seen == [logits._version]
         leaves, spec = tree_flatten(output)
         size = tuple(batch.input_ids.shape)
         per_row = [
@@ -96,11 +105,12 @@ class Replay:
         for i, ids in enumerate(group):
             self._states[ids] = [leaves[j][i, : len(ids)].clone() for j in per_row]
 
-    def logits(self, batch: Batch) -> Tensor:
-        """Logits [labels, vocabulary] at the label positions of ``batch``.
+    def label_rows(self, batch: Batch) -> LabelRows:
+        """The model at the label positions of ``batch``, up to its head if the head is plain.
 
         Gradients flow if the caller enabled them; hooks on edited modules act as usual.
         """
+        head = self._head if is_plain(self._head) and self._last else None
         with ExitStack() as stack:
             if self.cut:
                 assert self.blocks is not None and self._shape is not None
@@ -112,22 +122,26 @@ class Replay:
                 record = tree_unflatten(leaves, spec)
                 below = dict.fromkeys(self.blocks[: self.cut], lambda *_, **__: record)
                 stack.enter_context(forwards(below))
-            return self._run(batch, batch.row, batch.position)
+            if head is not None:
+                # The model then returns the head's input.
+                stack.enter_context(forwards({head: lambda x: x}))
+            values = self._run(batch, batch.row, batch.position)
+        if self._head is None:
+            return LabelRows(values[batch.row, batch.position], None)
+        return LabelRows(values[0], head)
 
     def _run(self, batch: Batch, row: Tensor, position: Tensor) -> Tensor:
-        head = self._head
-        # Matrix libraries are slower at two and three rows than at four.
-        extra = HEAD_ROWS - len(row) if 1 < len(row) < HEAD_ROWS else 0
+        """What the model returns: [1, labels, .] with its head on those positions only.
+
+        [rows, tokens, vocabulary] if the head is edited.
+        """
 
         def gather(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return (F.pad(args[0][row, position], (0, 0, 0, extra))[None], *args[1:])
+            return (args[0][row, position][None], *args[1:])
 
-        handle = head.register_forward_pre_hook(gather) if head is not None else None
-        try:
-            logits = self.model(
+        with ExitStack() as stack:
+            if self._head is not None:
+                stack.callback(self._head.register_forward_pre_hook(gather).remove)
+            return self.model(
                 input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
             ).logits
-        finally:
-            if handle is not None:
-                handle.remove()
-        return logits[0, : len(row)] if head is not None else logits[row, position]

@@ -33,7 +33,7 @@ from pymend import reference as ref
 from pymend.capture import Factors
 from pymend.config import MendConfig
 from pymend.edit import Edit
-from pymend.losses import kl_rows, nll_rows
+from pymend.losses import mean_of_seen
 from pymend.mend import Mend
 from pymend.models import frozen
 from pymend.replay import Replay
@@ -298,17 +298,17 @@ def check_recorded_step(
         replay.load([row for rows in (inner, loc, *outers) for row in rows])
         loc_batch = Batch.of(loc)
         with torch.no_grad():
-            base = replay.logits(loc_batch)
+            base = replay.label_rows(loc_batch)
         captured = mend.capture(replay, inner, 1)
         edit = Edit(mend.weights, mend.factors(captured, merge=True))
         with edit.applied(model):
             nll = []
             for rows in outers:
                 batch = Batch.of(rows)
-                nll.append(nll_rows(replay.logits(batch), batch.target, batch.row * 0, 1)[0])
-            edited = replay.logits(loc_batch)
+                losses = replay.label_rows(batch).losses(batch.target)
+                nll.append(mean_of_seen(losses.nll, batch.target, batch.row * 0, 1)[0])
+            kl = replay.label_rows(loc_batch).losses(base=base).kl.mean()
     nll_mean = torch.stack(nll).mean()
-    kl = kl_rows(base, edited, loc_batch.row * 0, 1)[0]
     assert_close(nll_mean, step["nll"], "nll", tolerance)
     assert_close(kl, step["kl"], "kl", tolerance)
     mend.editor.zero_grad()

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import FAMILY, assert_close, gpt2, logits_of
+from tiny import FAMILY, assert_close, gpt2, logits_of, replayed_logits
 from torch import Tensor, nn
 
 from pymend.models import EditedWeight, find_weights, frozen, lowest_block
@@ -22,7 +22,7 @@ def replayed(model: Any, rows: list[Row], keep: bool = False) -> Tensor:
     with frozen(model):
         replay = Replay(model, find_weights(model), keep)
         replay.load(rows)
-        return replay.logits(Batch.of(rows))
+        return replayed_logits(replay, Batch.of(rows))
 
 
 @pytest.mark.parametrize("family", FAMILY)
@@ -49,7 +49,7 @@ def test_any_loaded_rows_in_any_order_and_shape() -> None:
         for rows in ([MIXED[2]], [MIXED[3], MIXED[0]], [MIXED[1], MIXED[1]]):
             plain = logits_of(model, rows)
             expected = torch.cat([plain[i, list(r.positions())] for i, r in enumerate(rows)])
-            assert_close(replay.logits(Batch.of(rows)), expected, "logits", 1e-12)
+            assert_close(replayed_logits(replay, Batch.of(rows)), expected, "logits", 1e-12)
 
 
 def test_how_often_each_block_runs() -> None:
@@ -68,13 +68,13 @@ def test_how_often_each_block_runs() -> None:
         replay.load(EQUAL)
         assert calls == [1, 0, 0, 0], "kept"
         for _ in range(3):
-            replay.logits(Batch.of(EQUAL))
+            replayed_logits(replay, Batch.of(EQUAL))
         assert calls == [1, 3, 3, 3], "never the prefix again"
         forgetful = Replay(model, find_weights(model))
         forgetful.load(EQUAL[:1])
         forgetful.load(EQUAL[1:])
         with pytest.raises(KeyError):
-            forgetful.logits(Batch.of(EQUAL[:1]))
+            replayed_logits(forgetful, Batch.of(EQUAL[:1]))
 
 
 def test_the_head_sees_label_rows_only() -> None:
@@ -92,7 +92,7 @@ def test_gradients_stop_at_the_cut() -> None:
         replay = Replay(model, find_weights(model))
         replay.load(EQUAL)
         model.transformer.h[1].mlp.c_fc.weight.requires_grad_(True)
-        replay.logits(Batch.of(EQUAL)).sum().backward()
+        replayed_logits(replay, Batch.of(EQUAL)).sum().backward()
     assert model.transformer.h[1].mlp.c_fc.weight.grad is not None
     assert all(p.grad is None for p in model.transformer.h[0].parameters())
 
@@ -122,4 +122,4 @@ def test_a_weight_outside_the_blocks_means_no_prefix() -> None:
         replay = Replay(model, weights)
         replay.load(EQUAL)
         plain = logits_of(model, EQUAL).flatten(0, 1)
-        assert torch.equal(replay.logits(Batch.of(EQUAL)), plain)
+        assert torch.equal(replayed_logits(replay, Batch.of(EQUAL)), plain)

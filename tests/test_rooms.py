@@ -30,7 +30,7 @@ ROOMS = {
     "tokens": {"config"},
     "losses": {"ops", "tokens"},
     "capture": {"models"},
-    "replay": {"models", "tokens"},
+    "replay": {"losses", "models", "tokens"},
     "editor": {"config", "models", "ops"},
     "edit": {"capture", "files", "models", "ops"},
     "mend": CORE - {"mend"},

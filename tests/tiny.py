@@ -226,6 +226,12 @@ def logits_of(model: nn.Module, rows: Sequence[Row]) -> Tensor:
     ).logits
 
 
+def replayed_logits(replay: Replay, batch: Batch) -> Tensor:
+    """Logits [labels, vocabulary] from what ``replay`` hands to the losses."""
+    rows = replay.label_rows(batch)
+    return rows.values if rows.head is None else rows.head(rows.values)
+
+
 # ------------------------------------------------------------------- the reference's view of it
 
 

@@ -21,7 +21,7 @@ from pymend.edit import Edit
 from pymend.evaluation.metrics import Metrics, RecordScores, mean
 from pymend.mend import Mend
 from pymend.models import frozen
-from pymend.ops.token_losses import TokenLosses, token_losses
+from pymend.ops.token_losses import TokenLosses
 from pymend.replay import Replay
 from pymend.tokens import IGNORE, Batch, EncodedRequest, Encoder, Row
 
@@ -159,7 +159,7 @@ class _Look:
         passes = []
         for context in (nullcontext(), edit.applied(self.replay.model)):
             with context:
-                passes.append(token_losses(self.replay.logits(batch), batch.target))
+                passes.append(self.replay.label_rows(batch).losses(batch.target))
         looks = _row_looks(batch, *passes)
         size = len(groups[0])
         return [looks[i : i + size] for i in range(0, len(looks), size)]

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -177,6 +177,21 @@ def _linear(module: nn.Linear, input: torch.Tensor) -> torch.Tensor:
 
 def _conv1d(module: Conv1D, x: torch.Tensor) -> torch.Tensor:
     return frozen_linear(x, module.weight.t(), module.bias)
+
+
+def is_plain(module: nn.Module | None) -> TypeGuard[nn.Linear]:
+    """Whether ``module`` computes x W^T + b and no one watches: no hook, wrapper or odd weight."""
+    if type(module) is not nn.Linear or type(module.weight) is not nn.Parameter:
+        return False
+    hooks = (
+        module._forward_pre_hooks,
+        module._forward_hooks,
+        module._backward_pre_hooks,
+        module._backward_hooks,
+    )
+    forward = vars(module).get("forward")
+    own = forward is None or getattr(forward, "func", None) is _linear  # set by ``frozen``
+    return own and not any(hooks)
 
 
 @contextmanager

@@ -92,37 +92,47 @@ def _accumulate(dtype: torch.dtype) -> torch.dtype:
 
 def _check(logits: Tensor, target: Tensor | None, base: Tensor | None) -> None:
     """Refuse what cannot be done, by the name and the value of the argument."""
-    if logits.dtype not in DTYPES:
-        names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
-        raise TypeError(f"logits has dtype {logits.dtype}, expected one of {names}")
+    check_dtype("logits", logits)
     if logits.dim() != 2 or logits.shape[1] == 0:
         raise ValueError(f"logits has shape {list(logits.shape)}, expected [k, V] with V above 0")
-    k, vocabulary = logits.shape
     if target is not None:
-        if target.dtype != torch.int64:
-            raise TypeError(f"target has dtype {target.dtype}, expected int64")
-        _check_beside("target", target, logits, [k])
-        if target.device.type == "cpu" and not torch.compiler.is_compiling():
-            bad = (target != IGNORE) & ((target < 0) | (target >= vocabulary))
-            if bad.any():
-                i = int(bad.nonzero()[0])
-                raise ValueError(
-                    f"target[{i}] is {int(target[i])}, expected 0 to {vocabulary - 1}, or {IGNORE}"
-                )
+        check_target(target, logits.shape[1], "logits", logits)
     if base is not None:
         if base.dtype != logits.dtype:
             raise TypeError(f"base has dtype {base.dtype}, logits has {logits.dtype}")
-        _check_beside("base", base, logits, [k, vocabulary])
+        check_beside("base", base, list(logits.shape), "logits", logits)
 
 
-def _check_beside(name: str, tensor: Tensor, logits: Tensor, shape: list[int]) -> None:
+def check_dtype(name: str, tensor: Tensor) -> None:
+    """Refuse a dtype that losses cannot be taken in."""
+    if tensor.dtype not in DTYPES:
+        names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+        raise TypeError(f"{name} has dtype {tensor.dtype}, expected one of {names}")
+
+
+def check_target(target: Tensor, vocabulary: int, name: str, rows: Tensor) -> None:
+    """Refuse a target that does not fit the rows of ``rows``, the argument called ``name``."""
+    if target.dtype != torch.int64:
+        raise TypeError(f"target has dtype {target.dtype}, expected int64")
+    check_beside("target", target, [len(rows)], name, rows)
+    if target.device.type == "cpu" and not torch.compiler.is_compiling():
+        bad = (target != IGNORE) & ((target < 0) | (target >= vocabulary))
+        if bad.any():
+            i = int(bad.nonzero()[0])
+            raise ValueError(
+                f"target[{i}] is {int(target[i])}, expected 0 to {vocabulary - 1}, or {IGNORE}"
+            )
+
+
+def check_beside(name: str, tensor: Tensor, shape: list[int], other: str, rows: Tensor) -> None:
+    """Refuse a tensor of another shape than ``shape``, or on another device than ``rows``."""
     if list(tensor.shape) != shape:
         raise ValueError(
-            f"{name} has shape {list(tensor.shape)}, expected {shape} for logits "
-            f"{list(logits.shape)}"
+            f"{name} has shape {list(tensor.shape)}, expected {shape} for {other} "
+            f"{list(rows.shape)}"
         )
-    if tensor.device != logits.device:
-        raise ValueError(f"{name} is on {tensor.device}, logits is on {logits.device}")
+    if tensor.device != rows.device:
+        raise ValueError(f"{name} is on {tensor.device}, {other} is on {rows.device}")
 
 
 if _lib.has_kernels():

@@ -12,7 +12,6 @@ from torch import Tensor
 from pymend.edit import Edit
 from pymend.losses import hits_rows, mean_of_seen, mean_per_row
 from pymend.mend import Mend
-from pymend.ops.token_losses import token_losses
 from pymend.replay import Replay
 from pymend.tokens import Batch, EncodedRequest, Row
 
@@ -121,7 +120,7 @@ def run_episodes(
         for part in (lambda e: e.edits, lambda e: e.rephrases, lambda e: (e.locality,))
     )
     with torch.no_grad():
-        base = replay.logits(locality)
+        base = replay.label_rows(locality)
     captured = mend.capture(replay, edits.rows, n)
     edit = Edit(mend.weights, mend.factors(captured, merge=merge))
     edit.check(replay.model)
@@ -132,7 +131,7 @@ def run_episodes(
             for kind, batch in (("prompt", edits), ("rephrase", rephrases))
             if outer in (kind, "both") or not merge
         }
-        kept = token_losses(replay.logits(locality), base=base)
+        kept = replay.label_rows(locality).losses(base=base)
     nll = [look[0] for kind, look in looks.items() if outer in (kind, "both")]
     hits = {kind: look[1] for kind, look in looks.items()}
     same = (kept.best == kept.base_best).double()
@@ -147,7 +146,7 @@ def run_episodes(
 
 def _outer(replay: Replay, batch: Batch, episodes: int) -> tuple[Tensor, Tensor]:
     """NLL (token mean) and share of exact matches [episodes] of the edited model on ``batch``."""
-    look, rows = token_losses(replay.logits(batch), batch.target), len(batch.rows)
+    look, rows = replay.label_rows(batch).losses(batch.target), len(batch.rows)
     nll = mean_of_seen(look.nll, batch.target, batch.row // (rows // episodes), episodes)
     exact = (hits_rows(look.best, batch.target, batch.row, rows) == 1).double()
     return nll, exact.view(episodes, -1).mean(1)
