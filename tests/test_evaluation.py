@@ -12,6 +12,7 @@ from tiny import CONTEXT, FAMILY, WORDS, facts, gpt2, logits_of, seasoned_mend, 
 
 from pymend import EditRequest, Metrics, Probe, evaluate
 from pymend.evaluation.metrics import interval, mean
+from pymend.losses import LabelRows
 from pymend.replay import Replay
 from pymend.tokens import IGNORE, Batch, Encoder, Row
 
@@ -166,13 +167,13 @@ def test_a_text_beyond_the_context_is_cut_and_never_a_chat(
     model, words = gpt2(dtype=torch.float64), WORDS[:50]
     text = Row(Encoder(tokenizer()).row(" ".join(words)).ids[:CONTEXT])
     passes: list[int] = []
-    logits = Replay.logits
+    label_rows = Replay.label_rows
 
-    def counted(self: Replay, batch: Batch) -> torch.Tensor:
+    def counted(self: Replay, batch: Batch) -> LabelRows:
         passes.append(batch.rows.count(text))
-        return logits(self, batch)
+        return label_rows(self, batch)
 
-    monkeypatch.setattr(Replay, "logits", counted)
+    monkeypatch.setattr(Replay, "label_rows", counted)
     mend, talker = seasoned_mend(model), tokenizer()
     talker.chat_template = "ba {{ messages[0]['content'] }} be"
     metrics = evaluate(

@@ -22,8 +22,8 @@ from pymend.ops.token_losses import IGNORE, TokenLosses
 # of this size are alive at most (logits, those of the base, a gradient), which is as much as 384
 # of the weight's own columns take.
 CHUNK_BYTES = 2**25
-# Row gradients are formed for this gradient of a loss. float16 needs it: a probability in a large
-# vocabulary lies below its smallest number. A power of two, so it is undone exactly.
+# Row gradients are formed for this gradient of a loss. float16 needs it: differences of two
+# probabilities of a large vocabulary lie below its smallest number. A power of two, undone exactly.
 UNIT = {torch.float16: 2.0**10}
 
 

@@ -94,6 +94,17 @@ def test_the_usual_way_where_it_must_be(large, calls, monkeypatch):
 
 
 @needs_onednn
+def test_spare_rows(large, monkeypatch):
+    """Only for the products that MKL gets."""
+    w, rows = large[0], [torch.randn(k, 256) for k in range(6)]
+    assert not any(products.spare_rows(x, w) for x in rows)
+    assert not any(products.spare_rows(x.bfloat16(), w.bfloat16()) for x in rows)
+    assert [products.spare_rows(x.double(), w.double()) for x in rows] == [0, 0, 2, 1, 0, 0]
+    monkeypatch.setenv("PYMEND_KERNELS", "off")
+    assert [products.spare_rows(x, w) for x in rows] == [0, 0, 2, 1, 0, 0]
+
+
+@needs_onednn
 def test_frozen_models_use_it_and_are_put_back(calls):
     """Linear and Conv1D by type; subclasses and modules with a forward of their own are left."""
 
