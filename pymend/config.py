@@ -58,8 +58,8 @@ class MendConfig:
     """
 
     rank: int = 1920  # width of each low-rank layer, cut to the layer's input width
-    edit: tuple[str, ...] = ()  # weight names or fnmatch patterns; empty: MLP matrices, last blocks
-    blocks: int = 3  # how many of the last blocks, when `edit` is empty
+    edit: tuple[str, ...] = ()  # weight names or patterns, or mlp, attention, all; empty: mlp
+    blocks: int = 0  # of a kind, how many last blocks; 0: three, of an encoder-decoder two each
     alpha: float = 1e-4  # initial step size of every weight
     shared: bool = True  # one network per weight shape
     norm: bool = True
@@ -74,7 +74,8 @@ class MendConfig:
 
     def __post_init__(self) -> None:
         _check_choices(self)
-        _check_at_least(self, 1, "rank", "blocks", "n_edits")
+        _check_at_least(self, 1, "rank", "n_edits")
+        _check_at_least(self, 0, "blocks")
         if not math.isfinite(self.alpha):
             raise ValueError(f"alpha is {self.alpha}; it must be finite")
         partial = [n for n in ("one_sided", "x_only", "delta_only") if getattr(self, n)]

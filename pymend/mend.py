@@ -288,7 +288,7 @@ def _outcomes(
         probability = (-mean_of_seen(look.nll, batch.target, batch.row, n)).exp().tolist()
         hits = hits_rows(look.best, batch.target, batch.row, n).tolist()
         best = look.best.cpu()
-        answers = [encoder.tokenizer.decode(best[batch.row.cpu() == i]) for i in range(n)]
+        answers = [encoder.text(best[batch.row.cpu() == i]) for i in range(n)]
         looks.append(list(zip(probability, answers, hits, strict=True)))
     return tuple(
         Outcome(r.prompt, r.target, p0, p1, a0, a1, hit == 1.0)

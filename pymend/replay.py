@@ -9,17 +9,18 @@ the model's does not run at all here, since the losses need it on a few rows at 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from pymend.losses import LabelRows
-from pymend.models import EditedWeight, forwards, is_plain, lowest_block
+from pymend.models import EditedWeight, forwards, is_plain, lowest_block, stacks
 from pymend.tokens import Batch, Row
 
 PASS_TOKENS = 64  # padding that costs about as much as another pass
@@ -41,14 +42,19 @@ class Replay:
         self.model = model
         self.device = next(model.parameters()).device
         self.blocks, self.cut = lowest_block(model, weights)
+        parts = stacks(model)
+        self._encoder = next(iter(parts.values())) if len(parts) > 1 else None
         head = model.get_output_embeddings()  # type: ignore[operator]
         edited = {model.get_submodule(w.module) for w in weights}
         # An edited head needs whole rows: factors and edits go by the rows of the batch.
         self._head: nn.Module | None = None if head in edited else head
         self._last = False  # whether what the head returns is what the model returns
+        # A classifier has no cache to leave out.
+        self._options = {} if head is None else {"use_cache": False}
         self._keep = keep
         self._states: dict[tuple[int, ...], list[Tensor]] = {}
         self._shape: tuple[list[Any], TreeSpec, list[int]] | None = None
+        self._live = 0
 
     def load(self, rows: Sequence[Row]) -> None:
         """Compute the prefix states of ``rows`` that are not kept yet, similar lengths together."""
@@ -57,7 +63,7 @@ class Replay:
         if not self._keep:
             self._states = {}
         todo = sorted(
-            {r.inputs for r in rows} - self._states.keys(), key=lambda ids: (len(ids), ids)
+            {r.prefix for r in rows} - self._states.keys(), key=lambda ids: (len(ids), ids)
         )
         group: list[tuple[int, ...]] = []
         for ids in todo:
@@ -92,16 +98,23 @@ class Replay:
             # The rest of the model would be thrown away: skip its blocks and give the head no row.
             above = dict.fromkeys(self.blocks[self.cut :], lambda *_, **__: output)
             stack.enter_context(forwards(above))
-            logits = self._run(batch, batch.row[:0], batch.position[:0])
-        # The very tensor, and not written to since: a capped or scaled one is another or is newer.
-        seen = [version for x, version in from_head if x is logits]
-        self._last = len(from_head) == 1 and seen == [logits._version]
+            if self._encoder is None:
+                logits = self._run(batch, batch.row[:0], batch.position[:0])
+                # The very tensor, and not written to since: a capped or scaled one is another or is
+                # newer.
+                seen = [version for x, version in from_head if x is logits]
+                self._last = len(from_head) == 1 and seen == [logits._version]
+            else:
+                self._encoder(**batch.inputs)
         leaves, spec = tree_flatten(output)
-        size = tuple(batch.input_ids.shape)
+        size = tuple(batch.inputs["input_ids"].shape)
+        tensors = [i for i, x in enumerate(leaves) if isinstance(x, Tensor)]
         per_row = [
-            i for i, x in enumerate(leaves) if isinstance(x, Tensor) and tuple(x.shape[:2]) == size
+            i for i in tensors if leaves[i].dim() == 3 and tuple(leaves[i].shape[:2]) == size
         ]
         self._shape = leaves, spec, per_row
+        # T5's first block also makes the position bias, which later ones are handed: it runs live.
+        self._live = int(len(per_row) < len(tensors))
         for i, ids in enumerate(group):
             self._states[ids] = [leaves[j][i, : len(ids)].clone() for j in per_row]
 
@@ -113,27 +126,46 @@ class Replay:
         head = self._head if is_plain(self._head) and self._last else None
         with ExitStack() as stack:
             if self.cut:
-                assert self.blocks is not None and self._shape is not None
-                leaves, spec, per_row = self._shape
-                leaves = list(leaves)
-                for k, j in enumerate(per_row):
-                    states = [self._states[row.inputs][k] for row in batch.rows]
-                    leaves[j] = pad_sequence(states, batch_first=True)
-                record = tree_unflatten(leaves, spec)
-                below = dict.fromkeys(self.blocks[: self.cut], lambda *_, **__: record)
-                stack.enter_context(forwards(below))
+                stack.enter_context(self._replaying(batch))
             if head is not None:
                 # The model then returns the head's input.
                 stack.enter_context(forwards({head: lambda x: x}))
             values = self._run(batch, batch.row, batch.position)
-        if self._head is None:
+        if self._head is not None:
+            return LabelRows(values[0], head)
+        if values.dim() == 3:
             return LabelRows(values[batch.row, batch.position], None)
-        return LabelRows(values[0], head)
+        # A classifier's; one logit z is the two classes (0, z).
+        values = values if values.shape[1] > 1 else F.pad(values, (1, 0))
+        return LabelRows(values[batch.row], None)
+
+    @contextmanager
+    def _replaying(self, batch: Batch) -> Iterator[None]:
+        """The blocks below the cut return the states of the rows of ``batch``."""
+        assert self.blocks is not None and self._shape is not None
+        leaves, spec, per_row = self._shape
+        states = {
+            j: pad_sequence([self._states[row.prefix][k] for row in batch.rows], batch_first=True)
+            for k, j in enumerate(per_row)
+        }
+        record = tree_unflatten([states.get(j, x) for j, x in enumerate(leaves)], spec)
+
+        def live(_module: nn.Module, _args: Any, result: Any) -> None:
+            nonlocal record
+            leaves = tree_flatten(result)[0]
+            record = tree_unflatten([states.get(j, x) for j, x in enumerate(leaves)], spec)
+
+        with ExitStack() as stack:
+            for block in self.blocks[: self._live]:
+                stack.callback(block.register_forward_hook(live).remove)
+            below = self.blocks[self._live : self.cut]
+            stack.enter_context(forwards(dict.fromkeys(below, lambda *_, **__: record)))
+            yield
 
     def _run(self, batch: Batch, row: Tensor, position: Tensor) -> Tensor:
         """What the model returns: [1, labels, .] with its head on those positions only.
 
-        [rows, tokens, vocabulary] if the head is edited.
+        [rows, tokens, vocabulary] if the head is edited; [rows, classes] of a classifier.
         """
 
         def gather(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -142,6 +174,4 @@ class Replay:
         with ExitStack() as stack:
             if self._head is not None:
                 stack.callback(self._head.register_forward_pre_hook(gather).remove)
-            return self.model(
-                input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-            ).logits
+            return self.model(**batch.inputs, **self._options).logits

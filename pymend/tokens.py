@@ -8,7 +8,7 @@ the right whatever the tokenizer's setting, so no result depends on the padding 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,25 +25,60 @@ class Row:
 
     With an answer, positions ``first .. len - 2`` predict the tokens after them. Without one
     (``answer=False``) every position counts, and the last has no target.
+
+    ``source`` is what an encoder reads; ``ids`` are then those of its decoder, from the start token
+    on. A text to be classified has a ``label``, the class or IGNORE, and one position.
     """
 
     ids: tuple[int, ...]
     first: int = 0
     answer: bool = True
+    source: tuple[int, ...] = ()
+    label: int | None = None
 
     @property
     def inputs(self) -> tuple[int, ...]:
         """What the model reads: the last token of an answer is predicted, never read."""
-        return self.ids[:-1] if self.answer else self.ids
+        return self.ids[:-1] if self.answer and self.label is None else self.ids
+
+    @property
+    def prefix(self) -> tuple[int, ...]:
+        """What the lowest blocks read: the encoder's, if there is one."""
+        return self.source or self.inputs
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        """The tokens before the answer."""
+        decoder_only = self.answer and self.label is None
+        return self.source or (self.ids[: self.first + 1] if decoder_only else self.ids)
 
     def positions(self) -> range:
         """Positions whose logits are looked at."""
+        if self.label is not None:
+            return range(self.first, 1)
         return range(self.first, len(self.ids) - 1 if self.answer else len(self.ids))
 
     def targets(self) -> list[int]:
-        """The token that each of :meth:`positions` should predict."""
+        """The token that each of :meth:`positions` should predict, or the class."""
+        if self.label is not None:
+            return [self.label for _ in self.positions()]
         following = [*self.ids[1:], IGNORE]
         return [following[t] for t in self.positions()]
+
+    def without_answer(self) -> Row:
+        """The prompt alone, every position of it looked at."""
+        if self.label is not None:
+            return replace(self, label=IGNORE, answer=False)
+        ids = self.ids[:1] if self.source else self.prompt
+        return Row(ids, 0, False, self.source)
+
+    def whole(self) -> Row:
+        """The same text with every position looked at."""
+        return replace(self, first=0)
+
+    def filler(self) -> Row:
+        """A short row of the same kind with no position that is looked at."""
+        return replace(self, ids=self.ids[:1], first=1, answer=False, source=self.source[:1])
 
 
 @dataclass(frozen=True)
@@ -62,13 +97,13 @@ class EncodedRequest:
 class Batch:
     """Padded rows and the label positions in them.
 
-    ``input_ids`` and ``attention_mask`` are [rows, tokens] int64. ``row``, ``position``, ``target``
-    [labels] list the positions whose logits are looked at, row after row.
+    ``inputs`` are what the model is called with, [rows, tokens] int64 each: ``input_ids`` and
+    ``attention_mask``, and the ``decoder_input_ids`` behind an encoder. ``row``, ``position`` and
+    ``target`` [labels] list the positions whose logits are looked at, row after row.
     """
 
     rows: tuple[Row, ...]
-    input_ids: Tensor
-    attention_mask: Tensor
+    inputs: dict[str, Tensor]
     row: Tensor
     position: Tensor
     target: Tensor
@@ -76,29 +111,43 @@ class Batch:
     @classmethod
     def of(cls, rows: Sequence[Row], device: torch.device | str = "cpu") -> Batch:
         """Pad ``rows`` on the right."""
-        width = max(len(r.inputs) for r in rows)
-        # Padding is masked and carries no label, so any token id will do.
-        ids = torch.tensor([[*r.inputs, *[0] * (width - len(r.inputs))] for r in rows])
-        length = torch.tensor([len(r.inputs) for r in rows])
-        mask = (torch.arange(width) < length[:, None]).long()
+        ids, mask = _padded([r.prefix for r in rows])
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        if rows[0].source:
+            # A decoder looks back only, so its padding needs no mask.
+            inputs["decoder_input_ids"], _ = _padded([r.inputs for r in rows])
         labels = [
             (i, t, y)
             for i, r in enumerate(rows)
             for t, y in zip(r.positions(), r.targets(), strict=True)
         ]
         row, position, target = torch.tensor(labels, dtype=torch.long).reshape(-1, 3).unbind(1)
-        tensors = (x.to(device) for x in (ids, mask, row, position, target))
-        return cls(tuple(rows), *tensors)
+        on_device = {name: x.to(device) for name, x in inputs.items()}
+        return cls(tuple(rows), on_device, row.to(device), position.to(device), target.to(device))
+
+
+def _padded(rows: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
+    """Ids and attention mask [rows, tokens] int64."""
+    width = max(map(len, rows))
+    # Padding is masked and carries no label, so any token id will do.
+    ids = torch.tensor([[*r, *[0] * (width - len(r))] for r in rows])
+    length = torch.tensor([len(r) for r in rows])
+    return ids, (torch.arange(width) < length[:, None]).long()
 
 
 class Encoder:
-    """Tokenises requests for one model.
+    """Tokenises requests for a decoder: prompt and answer are one text.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
         limit: the model's context length in tokens; 0 for none.
         chat: put prompts through the tokenizer's chat template.
+
+    Raises:
+        ValueError: ``chat`` with a tokenizer that has no chat template.
     """
+
+    continues_text = True  # the model predicts every token of a plain text
 
     def __init__(self, tokenizer: Any, limit: int = 0, chat: bool = False) -> None:
         if chat and not getattr(tokenizer, "chat_template", None):
@@ -107,10 +156,20 @@ class Encoder:
         start = tokenizer("a").input_ids[:1]
         self._bos = start if start and start[0] == tokenizer.bos_token_id else []
 
-    @classmethod
-    def for_model(cls, model: torch.nn.Module, tokenizer: Any, chat: bool = False) -> Encoder:
-        """An encoder limited to the context length in the model's configuration."""
-        return cls(tokenizer, getattr(model.config, "max_position_embeddings", None) or 0, chat)
+    @staticmethod
+    def for_model(model: torch.nn.Module, tokenizer: Any, chat: bool = False) -> Encoder:
+        """The encoder of ``model``'s kind, limited to the context length in its configuration.
+
+        Raises:
+            ValueError: ``chat`` for a model or tokenizer that has no chat template.
+        """
+        config: Any = model.config
+        limit = getattr(config, "max_position_embeddings", None) or 0
+        if getattr(config, "is_encoder_decoder", False):
+            return SequenceEncoder(tokenizer, limit, config.decoder_start_token_id, chat)
+        if model.get_output_embeddings() is None:  # type: ignore[operator]
+            return ClassEncoder(tokenizer, limit, config.num_labels, config.label2id, chat)
+        return Encoder(tokenizer, limit, chat)
 
     def row(self, prompt: str, target: str | None = None) -> Row:
         """Tokenise ``prompt`` joined to ``target``.
@@ -118,8 +177,26 @@ class Encoder:
         Raises:
             ValueError: an empty prompt, a target without tokens, or a text beyond the context.
         """
-        if not prompt.strip():
-            raise ValueError("the prompt is empty; give at least one word")
+        ids = self._prompt(prompt)
+        if target is None:
+            row = Row(tuple(ids), 0, answer=False)
+        else:
+            joined = target if self.chat else f" {target}"
+            row = Row((*ids, *self._answer(prompt, target, joined)), len(ids) - 1)
+        self._check_length(prompt, len(row.ids))
+        return row
+
+    def text(self, best: Tensor) -> str:
+        """What the predictions ``best`` [k] at a row's label positions say."""
+        return str(self.tokenizer.decode(best))
+
+    def _prompt(self, prompt: str) -> list[int]:
+        """The tokens of a prompt, the tokenizer's own BOS in front.
+
+        Raises:
+            ValueError: there are none.
+        """
+        _check_prompt(prompt)
         if self.chat:
             turn = [{"role": "user", "content": prompt}]
             text = self.tokenizer.apply_chat_template(
@@ -130,22 +207,27 @@ class Encoder:
             ids = [*self._bos, *self.tokenizer(prompt, add_special_tokens=False).input_ids]
         if not ids:
             raise ValueError(f"the prompt {prompt!r} has no tokens")
-        if target is None:
-            row = Row(tuple(ids), 0, answer=False)
-        else:
-            joined = target if self.chat else f" {target}"
-            answer = self.tokenizer(joined, add_special_tokens=False).input_ids
-            if not target.strip() or not answer:
-                raise ValueError(
-                    f"the target {target!r} of prompt {prompt!r} has no tokens; give a word"
-                )
-            row = Row((*ids, *answer), len(ids) - 1)
-        if self.limit and len(row.ids) > self.limit:
+        return list(ids)
+
+    def _answer(self, prompt: str, target: str, text: str) -> list[int]:
+        """The tokens of ``text``, which is ``target`` as it stands behind the prompt.
+
+        Raises:
+            ValueError: there are none.
+        """
+        ids = self.tokenizer(text, add_special_tokens=False).input_ids
+        if not target.strip() or not ids:
             raise ValueError(
-                f"prompt and target have {len(row.ids)} tokens, the model's context is "
+                f"the target {target!r} of prompt {prompt!r} has no tokens; give a word"
+            )
+        return list(ids)
+
+    def _check_length(self, prompt: str, tokens: int) -> None:
+        if self.limit and tokens > self.limit:
+            raise ValueError(
+                f"prompt and target have {tokens} tokens, the model's context is "
                 f"{self.limit}; shorten {prompt[:60]!r}"
             )
-        return row
 
     def probe(self, probe: Probe) -> Row:
         """Tokenise a locality or portability prompt."""
@@ -176,3 +258,96 @@ class Encoder:
             except ValueError as error:
                 raise ValueError(f"record {index}: {error}") from error
         return encoded
+
+
+class SequenceEncoder(Encoder):
+    """Tokenises for an encoder-decoder: the prompt is its source, the answer ends with EOS.
+
+    Args:
+        start: the token a decoder starts from.
+    """
+
+    continues_text = False
+
+    def __init__(self, tokenizer: Any, limit: int, start: int, chat: bool = False) -> None:
+        _refuse_chat(chat, "an encoder-decoder")
+        super().__init__(tokenizer, limit)
+        self.start = start
+
+    def row(self, prompt: str, target: str | None = None) -> Row:
+        """Source and answer; without a ``target``, the decoder's first position is looked at.
+
+        Raises:
+            ValueError: an empty prompt, a target without tokens, or a text beyond the context.
+        """
+        source = _with_specials(self.tokenizer, prompt)
+        ids = [self.start]
+        if target is not None:
+            ids += [*self._answer(prompt, target, target), self.tokenizer.eos_token_id]
+        self._check_length(prompt, max(len(source), len(ids)))
+        return Row(tuple(ids), 0, target is not None, tuple(source))
+
+    def text(self, best: Tensor) -> str:
+        """The predicted answer, up to its end."""
+        ids = best.tolist()
+        end = ids.index(self.tokenizer.eos_token_id) if self.tokenizer.eos_token_id in ids else None
+        return str(self.tokenizer.decode(ids[:end])).strip()
+
+
+class ClassEncoder(Encoder):
+    """Tokenises for a classifier, whose targets are names or numbers of classes.
+
+    Args:
+        classes: outputs of the model; one output is two classes, "false" and "true".
+        names: the model's own names of its classes.
+    """
+
+    continues_text = False
+
+    def __init__(
+        self, tokenizer: Any, limit: int, classes: int, names: dict[str, int], chat: bool = False
+    ) -> None:
+        _refuse_chat(chat, "a classifier")
+        super().__init__(tokenizer, limit)
+        own = {"false": 0, "true": 1} if classes == 1 else {k.lower(): v for k, v in names.items()}
+        self.names = {i: name for name, i in own.items()}
+        self.classes = {**{str(i): i for i in own.values()}, **own}
+
+    def row(self, prompt: str, target: str | None = None) -> Row:
+        """The text, and its class if ``target`` names one.
+
+        Raises:
+            ValueError: an empty prompt, a class that the model does not have, or a text beyond the
+                context.
+        """
+        ids = _with_specials(self.tokenizer, prompt)
+        self._check_length(prompt, len(ids))
+        if target is None:
+            return Row(tuple(ids), answer=False, label=IGNORE)
+        label = self.classes.get(target.strip().lower())
+        if label is None:
+            raise ValueError(
+                f"the target {target!r} of prompt {prompt!r} is no class of this model; "
+                f"choose one of {', '.join(self.names.values())}"
+            )
+        return Row(tuple(ids), label=label)
+
+    def text(self, best: Tensor) -> str:
+        """The name of the predicted class."""
+        return ", ".join(self.names[i] for i in best.tolist())
+
+
+def _with_specials(tokenizer: Any, prompt: str) -> list[int]:
+    """The tokens of a text as an encoder reads it: with the tokenizer's own frame."""
+    _check_prompt(prompt)
+    return list(tokenizer(prompt).input_ids)
+
+
+def _check_prompt(prompt: str) -> None:
+    if not prompt.strip():
+        raise ValueError("the prompt is empty; give at least one word")
+
+
+def _refuse_chat(chat: bool, kind: str) -> None:
+    if chat:
+        raise ValueError(f"{kind} has no chat; leave out chat")

@@ -52,12 +52,12 @@ def test_batches_are_padded_on_the_right_whatever_the_tokenizer_says() -> None:
     assert rows[0] == rows[1]
     batch = Batch.of(rows[0])
     # The last token of an answer is predicted, never read.
-    assert batch.attention_mask.tolist() == [[1, 1, 1], [1, 1, 1], [1, 1, 0]]
-    assert batch.input_ids.tolist()[:2] == [[2, *ids(A, B)], [2, *ids(A, C)]]
+    assert batch.inputs["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 1], [1, 1, 0]]
+    assert batch.inputs["input_ids"].tolist()[:2] == [[2, *ids(A, B)], [2, *ids(A, C)]]
     assert batch.row.tolist() == [0, 1, 1, 2, 2]
     assert batch.position.tolist() == [2, 1, 2, 0, 1]
     assert batch.target.tolist() == [*ids(C), *ids(C, D), *ids(D), IGNORE]
-    assert batch.input_ids.dtype == torch.long
+    assert batch.inputs["input_ids"].dtype == torch.long
 
 
 def test_a_request_as_rows() -> None:

@@ -27,13 +27,16 @@ VOCAB = 4 + len(WORDS)  # 61, with <pad>, <unk>, <s> and </s>
 HIDDEN, INNER, CONTEXT = 22, 38, 32
 
 
-def tokenizer(bos: bool = False, padding_side: str = "right") -> PreTrainedTokenizerFast:
-    """Words between spaces are tokens; ``bos`` puts ``<s>`` in front of every text."""
+def tokenizer(
+    bos: bool = False, padding_side: str = "right", end: bool = False
+) -> PreTrainedTokenizerFast:
+    """Words between spaces are tokens; ``bos`` puts ``<s>`` in front, ``end`` ``</s>`` behind."""
     names = ["<pad>", "<unk>", "<s>", "</s>", *WORDS]
     inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(names)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    if bos:
-        inner.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 2)])
+    special = [("<s>", 2), ("</s>", 3)]
+    frame = "<s> " * bos + "$A" + " </s>" * end
+    inner.post_processor = processors.TemplateProcessing(frame, special_tokens=special)
     return PreTrainedTokenizerFast(
         tokenizer_object=inner,
         bos_token="<s>",
@@ -221,9 +224,7 @@ def logits_of(model: nn.Module, rows: Sequence[Row]) -> Tensor:
     """Plain logits [rows, tokens, vocabulary] of a right-padded batch."""
     batch = Batch.of(rows)
     # A cache makes some attentions multiply tensors of other strides, which other bits come from.
-    return model(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-    ).logits
+    return model(**batch.inputs, use_cache=False).logits
 
 
 def replayed_logits(replay: Replay, batch: Batch) -> Tensor:
@@ -240,15 +241,11 @@ def reference_batch(rows: Iterable[Row]) -> dict[str, Tensor]:
     rows = list(rows)
     # The reference reads whole rows, the engine leaves out an answer's last token.
     batch = Batch.of([Row(row.ids, answer=False) for row in rows])
-    labels = torch.full_like(batch.input_ids, ref.IGNORED)
+    labels = torch.full_like(batch.inputs["input_ids"], ref.IGNORED)
     for i, row in enumerate(rows):
         if row.answer:
             labels[i, row.first + 1 : len(row.ids)] = torch.tensor(row.ids[row.first + 1 :])
-    return {
-        "input_ids": batch.input_ids,
-        "attention_mask": batch.attention_mask,
-        "labels": labels,
-    }
+    return {**batch.inputs, "labels": labels}
 
 
 def official_name(name: str) -> str:

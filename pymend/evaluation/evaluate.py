@@ -59,7 +59,7 @@ def evaluate(
     encoder = Encoder.for_model(model, tokenizer, chat)
     mend.fit(model)
     encoded = encoder.requests(data)
-    text = None if ppl_text is None else _text_row(tokenizer, ppl_text, encoder.limit)
+    text = None if ppl_text is None else _text_row(encoder, ppl_text)
     scores: list[RecordScores] = []
     nll, tokens, edit_seconds = torch.zeros(2, dtype=torch.float64), 0, 0.0
     begin = time.perf_counter()
@@ -83,10 +83,13 @@ def evaluate(
     return Metrics(scores, before, after, named, seconds, edit_seconds, peak_memory_bytes())
 
 
-def _text_row(tokenizer: Any, text: str, limit: int) -> Row:
+def _text_row(encoder: Encoder, text: str) -> Row:
     """The first tokens of ``text``, no more than the model's context takes."""
+    if not encoder.continues_text:
+        raise ValueError("ppl_text is for models that continue a text; leave it out")
+    limit = encoder.limit
     start = text.strip()[: 20 * PPL_TOKENS]  # the tokenizer need not read a whole book
-    ids = Encoder(tokenizer).row(start).ids if start else ()
+    ids = Encoder(encoder.tokenizer).row(start).ids if start else ()
     if len(ids) < 2:
         raise ValueError("the perplexity text is empty, or one token; give some sentences")
     return Row(ids[: min(PPL_TOKENS, limit or PPL_TOKENS)])
@@ -126,7 +129,7 @@ class _Look:
             "old_rephrases": [r.old_rephrases for r in chunk],
             "portability": [r.portability for r in chunk],
             # Whole rows: the answer's positions, and all others for the perplexity.
-            "locality": [tuple(Row(x.ids, 0, x.answer) for x in r.locality) for r in chunk],
+            "locality": [tuple(x.whole() for x in r.locality) for r in chunk],
         }
         padded = {name: _pad(rows) for name, rows in kinds.items() if any(rows)}
         edits = [r.edit for r in chunk]
@@ -144,7 +147,9 @@ class _Look:
             name: [group[: len(kinds[name][i])] for i, group in enumerate(looks.get(name, nothing))]
             for name in kinds
         }
-        counted = [x for group in self.results["locality"] for x in group]
+        # A class is no token: a classifier has no perplexity.
+        has_text = edits[0].label is None
+        counted = [x for group in self.results["locality"] for x in group if has_text]
         if text:
             # One edit at a time: the logits of a whole text under every edit may not fit in memory.
             counted = [self._look(edit[i], [[text]])[0][0] for i in range(len(chunk))]
@@ -247,5 +252,4 @@ def _pad(groups: Sequence[Sequence[Row]]) -> list[list[Row]]:
     """Equal groups: shorter ones get rows without label positions."""
     size = max(len(g) for g in groups)
     some = next(row for g in groups for row in g)
-    filler = Row(some.ids[:1], 1, answer=False)
-    return [[*g, *[filler] * (size - len(g))] for g in groups]
+    return [[*g, *[some.filler()] * (size - len(g))] for g in groups]

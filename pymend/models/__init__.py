@@ -15,6 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 from pymend.ops.products import frozen_linear
 
+KINDS = ("mlp", "attention", "all")  # matrices of a block
+
 
 @dataclass(frozen=True)
 class EditedWeight:
@@ -60,56 +62,69 @@ def _mlp_names(block: nn.Module, prefix: str) -> list[str]:
     return [name for name, a, b in layers if (a, b) in pairs]
 
 
-def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The transformer's list of blocks: the longest one whose members hold an MLP.
+def find_blocks(part: nn.Module, prefix: str = "") -> tuple[str, nn.ModuleList]:
+    """A transformer's list of blocks: the longest one whose members hold an MLP, and its path.
 
     Raises:
-        ValueError: the model has none.
+        ValueError: there is none.
     """
     found: tuple[str, nn.ModuleList] | None = None
-    for name, module in model.named_modules():
+    for name, module in part.named_modules(prefix=prefix):
+        if found and name.startswith(f"{found[0]}."):
+            continue  # T5's blocks hold lists themselves
         longer = isinstance(module, nn.ModuleList) and len(module) > len(found[1] if found else ())
         if longer and _mlp_names(module[-1], ""):
             found = name, module
     if found is None:
         raise ValueError(
-            f"{type(model).__name__} has no list of blocks with MLP matrices; "
+            f"{type(part).__name__} has no list of blocks with MLP matrices; "
             "name the weights to edit"
         )
     return found
 
 
+def stacks(model: nn.Module) -> dict[str, nn.Module]:
+    """The parts of ``model`` with blocks of their own, by path: an encoder and a decoder, or all.
+
+    In an encoder-decoder the encoder comes first.
+    """
+    if not getattr(model.config, "is_encoder_decoder", False):
+        return {"": model}
+    paths = {module: name for name, module in model.named_modules()}
+    parts = (model.get_encoder(), model.get_decoder())  # type: ignore[operator]
+    return {paths[part]: part for part in parts}
+
+
 def find_weights(
-    model: nn.Module, patterns: Sequence[str] = (), blocks: int = 3
+    model: nn.Module, patterns: Sequence[str] = (), blocks: int = 0
 ) -> tuple[EditedWeight, ...]:
     """The matrices to edit, in ``named_parameters()`` order.
 
     Args:
-        patterns: parameter names or fnmatch patterns; empty for the MLP matrices of the last
-            ``blocks`` blocks (the paper's choice for decoders, appendix C).
+        patterns: parameter names or fnmatch patterns; or one of ``mlp`` (the default),
+            ``attention`` and ``all``: those matrices of the last ``blocks`` blocks of every stack.
+        blocks: 0 for the paper's choice (appendix C): three, of an encoder-decoder two of each.
 
     Raises:
         ValueError: a pattern without a match, or a parameter that is no linear layer's matrix.
     """
     layers = {f"{name}.weight": (name, m, a, b) for name, m, a, b in _matrices(model)}
     names = [name for name, _ in model.named_parameters()]
-    if patterns:
+    kind = patterns[0] if len(patterns) == 1 else "mlp" if not patterns else ""
+    if kind in KINDS:
+        chosen = _of_kind(model, kind, blocks)
+    else:
         for pattern in patterns:
             matches = [n for n in names if fnmatchcase(n, pattern)]
             if not matches:
                 raise ValueError(
-                    f"no parameter is called {pattern!r}; names look like {names[-1]!r}"
+                    f"no parameter is called {pattern!r}; names look like {names[-1]!r}, "
+                    f"or give one of {', '.join(KINDS)}"
                 )
             for name in matches:
                 if name not in layers:
                     raise ValueError(f"{name} is not the matrix of a linear layer; leave it out")
         chosen = {n for n in names if any(fnmatchcase(n, p) for p in patterns)}
-    else:
-        path, block_list = find_blocks(model)
-        last = range(max(0, len(block_list) - blocks), len(block_list))
-        chosen = {
-            f"{name}.weight" for i in last for name in _mlp_names(block_list[i], f"{path}.{i}")
-        }
     weights: list[EditedWeight] = []
     for name in (n for n in names if n in chosen):
         module_name, module, a, b = layers[name]
@@ -118,20 +133,42 @@ def find_weights(
     return tuple(weights)
 
 
+def _of_kind(model: nn.Module, kind: str, blocks: int) -> set[str]:
+    """Names of the parameters of one of KINDS in the last blocks of every stack."""
+    chosen = set()
+    parts = stacks(model)
+    for prefix, part in parts.items():
+        path, block_list = find_blocks(part, prefix)
+        count = min(blocks or (3 if len(parts) == 1 else 2), len(block_list))
+        for i in range(len(block_list) - count, len(block_list)):
+            mlp = set(_mlp_names(block_list[i], f"{path}.{i}"))
+            every = {name for name, *_ in _matrices(block_list[i], f"{path}.{i}")}
+            of_kind = {"mlp": mlp, "attention": every - mlp, "all": every}[kind]
+            chosen |= {f"{name}.weight" for name in of_kind}
+    return chosen
+
+
 def lowest_block(
     model: nn.Module, weights: Sequence[EditedWeight]
 ) -> tuple[nn.ModuleList | None, int]:
-    """The list of blocks and the index of the lowest edited one; (None, 0) if one lies outside."""
+    """The first stack's list of blocks, and how many of them lie below every edited weight.
+
+    That is all of an encoder whose decoder alone is edited; (None, 0) where a weight lies beside
+    the blocks.
+    """
+    parts = stacks(model)
+    prefix, part = next(iter(parts.items()))
     try:
-        path, blocks = find_blocks(model)
+        path, blocks = find_blocks(part, prefix)
     except ValueError:
         return None, 0
-    indices = []
+    indices = [len(blocks)]
     for weight in weights:
         head, _, rest = weight.module.partition(f"{path}.")
-        if head or not rest:
+        if not head and rest:
+            indices.append(int(rest.split(".")[0]))
+        elif len(parts) == 1 or weight.module.startswith(f"{prefix}."):
             return None, 0
-        indices.append(int(rest.split(".")[0]))
     return blocks, min(indices)
 
 

@@ -46,12 +46,10 @@ class Sampler:
             )
         # A record without locality prompts borrows another's, or another's own prompt.
         shared = [row for r in records for row in r.locality]
-        self.pool = shared or [
-            r.old or Row(r.edit.ids[: r.edit.first + 1], 0, False) for r in records
-        ]
-        borrowed = {_prompt(row) for row in self.pool}
+        self.pool = shared or [r.old or r.edit.without_answer() for r in records]
+        borrowed = {row.prompt for row in self.pool}
         short = not all(r.locality for r in records) and len(borrowed) <= edits
-        if short and borrowed <= {_prompt(r.edit) for r in records}:
+        if short and borrowed <= {r.edit.prompt for r in records}:
             raise ValueError(
                 "a record without locality prompts has none to borrow: all are its own or those of "
                 "the facts edited with it; give locality prompts or more records"
@@ -76,15 +74,10 @@ class Sampler:
         """Draw a rephrase for every record and one locality prompt, not borrowed from an edit."""
         rephrases = [rng.choice(r.rephrases) if r.rephrases else r.edit for r in records]
         locality = rng.choice(records[0].locality or self.pool)
-        edited = {_prompt(r.edit) for r in records}
-        while not records[0].locality and _prompt(locality) in edited:
+        edited = {r.edit.prompt for r in records}
+        while not records[0].locality and locality.prompt in edited:
             locality = rng.choice(self.pool)
         return Episode(tuple(r.edit for r in records), tuple(rephrases), locality)
-
-
-def _prompt(row: Row) -> tuple[int, ...]:
-    """The tokens of ``row`` before its answer."""
-    return row.ids[: row.first + 1] if row.answer else row.ids
 
 
 @dataclass(frozen=True)
