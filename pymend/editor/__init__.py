@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from pymend.config import MendConfig
 from pymend.editor.network import EditorNet
 from pymend.models import EditedWeight
+from pymend.ops.apply_edit import Group
 
 __all__ = ["Editor", "EditorNet"]
 
@@ -42,6 +44,20 @@ class Editor(nn.Module):
     def nets_parameters(self) -> list[nn.Parameter]:
         """Parameters of the networks, without alpha."""
         return list(self.nets.parameters())
+
+    def plain(self) -> tuple[Group, ...]:
+        """The networks as plain tensors for ``pymend.ops.apply_edit``, weights in own order.
+
+        They share the editor's memory; ask again after it moved to another device or dtype.
+
+        Raises:
+            ValueError: ``norm=False`` or ``official=True``.
+        """
+        place = {w.name: i for i, w in enumerate(self.weights)}
+        return tuple(
+            cast(EditorNet, self.nets[key]).plain([place[w.name] for w in ws], [w.mode for w in ws])
+            for key, ws in self.groups.items()
+        )
 
     def forward(
         self, rows: Mapping[str, tuple[Tensor, Tensor, Sequence[int]]], merge: bool = False

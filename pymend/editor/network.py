@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from pymend.config import MendConfig
 from pymend.editor.moments import RunningMoments
+from pymend.ops.apply_edit import Group, Layer
 from pymend.ops.editor_mlp import editor_mlp
 from pymend.ops.moments import joined
 
@@ -40,6 +42,17 @@ class LowRankLayer(nn.Module):
     def forward(self, x: Tensor, mode: Tensor) -> Tensor:
         """x [n, d], mode [n] int64 -> [n, d]."""
         return editor_mlp(x, self.v, self.u, self.bias, self.scale, self.shift, mode, self.residual)
+
+    def plain(self) -> Layer:
+        """The same as detached tensors, which share this layer's memory."""
+        return Layer(
+            self.v.detach(),
+            self.u.detach(),
+            self.bias.detach(),
+            None if self.scale is None else self.scale.detach(),
+            None if self.shift is None else self.shift.detach(),
+            self.residual,
+        )
 
 
 class EditorNet(nn.Module):
@@ -96,6 +109,33 @@ class EditorNet(nn.Module):
         if self.delta_side is not None:
             delta = _through(self.delta_side, delta, mode)
         return u, delta
+
+    def plain(self, places: Sequence[int], modes: Sequence[int]) -> Group:
+        """What ``pymend.ops.apply_edit`` needs for weights of this shape, sharing memory.
+
+        Args:
+            places: of the weights in the lists that the op will be given; modes: of each.
+
+        Raises:
+            ValueError: ``norm=False`` or ``official=True``, which that op does not know.
+        """
+        if not self.norm or self.moments.official:
+            setting = "official=True" if self.moments.official else "norm=False"
+            raise ValueError(
+                f"apply_edit does not know editors with {setting}; use Mend.edit and Edit.merge_"
+            )
+        return Group(
+            tuple(places),
+            torch.tensor(modes, device=self.moments.count.device),
+            self.moments.mean,
+            self.moments.m2,
+            self.moments.count,
+            *(_plain(layers) for layers in (self.joint, self.u_side, self.delta_side)),
+        )
+
+
+def _plain(layers: nn.ModuleList | None) -> tuple[Layer, ...]:
+    return tuple(cast(LowRankLayer, layer).plain() for layer in layers or ())
 
 
 def _through(layers: nn.ModuleList, z: Tensor, mode: Tensor) -> Tensor:

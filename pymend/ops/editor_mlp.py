@@ -54,7 +54,21 @@ def editor_mlp(
             out of range.
         TypeError: a dtype is not x's, x is not floating, or mode is not int64.
     """
-    _check(x, v, u, bias, scale, shift, mode)
+    check_operands(x, v, u, bias, scale, shift, mode)
+    return unchecked(x, v, u, bias, scale, shift, mode, residual)
+
+
+def unchecked(
+    x: Tensor,
+    v: Tensor,
+    u: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    mode: Tensor,
+    residual: bool,
+) -> Tensor:
+    """``editor_mlp`` of operands that passed its checks; reads no value, so nothing waits."""
     return _EditorMlp.apply(x, v, u, bias, scale, shift, mode, residual)
 
 
@@ -239,7 +253,7 @@ def _under_max(
     return z if scale is None or shift is None else scale[mode] * z + shift[mode]
 
 
-def _check(
+def check_operands(
     x: Tensor,
     v: Tensor,
     u: Tensor,

@@ -94,7 +94,7 @@ def eager(
     """The same in torch ops, on any device and without a synchronisation."""
     x = joined(u, delta, counts)
     a = u[0].shape[1]
-    live = ((x[:, :a] != 0).any(1) & (x[:, a:] != 0).any(1))[:, None]
+    live = live_rows(x[:, :a], x[:, a:])[:, None]
     x = x.double()
     if not merge:
         return _normalise(x, live, mean, m2, count).to(dtype)
@@ -119,6 +119,11 @@ def _normalise(x: Tensor, live: Tensor, mean: Tensor, m2: Tensor, count: Tensor)
     sigma = (m2 / (k - 1).clamp(min=1)).sqrt()
     inverse = (1 / (sigma + EPS)).masked_fill(m2 <= k * (CONSTANT * mean).square(), 0)
     return ((x - mean) * inverse).where(live, 0)
+
+
+def live_rows(u: Tensor, delta: Tensor) -> Tensor:
+    """[n] bool: which rows of u [n, a] and delta [n, b] are not dead; see ``moments``."""
+    return (u != 0).any(1) & (delta != 0).any(1)
 
 
 def joined(u: Sequence[Tensor], delta: Sequence[Tensor], counts: Sequence[int]) -> Tensor:

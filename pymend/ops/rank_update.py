@@ -57,30 +57,56 @@ def rank_update(
         RuntimeError: a tensor requires grad while grad mode is on.
     """
     flags = [False] * len(weights) if transposed is None else [bool(t) for t in transposed]
-    _check(weights, u, delta, alpha, flags)
-    fidelity = torch.empty(len(weights), dtype=_accumulate(alpha.dtype), device=alpha.device)
+    check_operands(weights, u, delta, alpha, flags)
+    if not torch.compiler.is_compiling():
+        check_overlap(weights, u, delta, alpha)
+        _check_finite(weights, u, delta, alpha)
+    return unchecked(weights, u, delta, alpha, flags, seed)
+
+
+@torch.no_grad()
+def unchecked(
+    weights: Sequence[Tensor],
+    u: Sequence[Tensor],
+    delta: Sequence[Tensor],
+    alpha: Tensor,
+    transposed: Sequence[bool],
+    seed: int | None = None,
+) -> Tensor:
+    """``rank_update`` of operands that passed its checks; reads no value, so nothing waits."""
+    out = _accumulate(alpha.dtype)
+    if not weights:
+        return alpha.new_empty(0, dtype=out)
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
     for i, weight in enumerate(weights):
         groups[weight.device, weight.dtype].append(i)
-    with torch.no_grad():
-        for (device, dtype), members in groups.items():
-            acc = _accumulate(dtype)
-            # A transposed view of a contiguous matrix is that matrix, its layout flag turned over.
-            plain = [weights[i].is_contiguous() for i in members]
-            result = _run(
-                [weights[i] if p else weights[i].t() for i, p in zip(members, plain, strict=True)],
-                [u[i].to(acc).contiguous() for i in members],
-                [delta[i].to(acc).contiguous() for i in members],
-                alpha[members].to(device, acc),
-                [flags[i] == p for i, p in zip(members, plain, strict=True)],
-                [] if seed is None or dtype not in SEEDED else [seed + i for i in members],
-            )
-            fidelity[members] = result.to(fidelity)
-        if not torch.compiler.is_compiling():
-            for weight in weights:
-                if not weight.is_inference():
-                    torch.autograd.graph.increment_version(weight)
-    return fidelity
+    # Picked by views, not by a list of indices: that would be copied to the device.
+    steps = alpha.unbind()
+    fidelity = list(steps)
+    for (device, dtype), members in groups.items():
+        acc = _accumulate(dtype)
+        # A transposed view of a contiguous matrix is that matrix, its layout flag turned over.
+        plain = [weights[i].is_contiguous() for i in members]
+        result = _run(
+            [weights[i] if p else weights[i].t() for i, p in zip(members, plain, strict=True)],
+            [u[i].to(acc).contiguous() for i in members],
+            [delta[i].to(acc).contiguous() for i in members],
+            torch.stack([steps[i] for i in members]).to(device, acc),
+            [transposed[i] == p for i, p in zip(members, plain, strict=True)],
+            [] if seed is None or dtype not in SEEDED else [seed + i for i in members],
+        )
+        for i, kept in zip(members, result.to(alpha.device, out).unbind(), strict=True):
+            fidelity[i] = kept
+    if not torch.compiler.is_compiling():
+        mark_written(weights)
+    return torch.stack(fidelity)
+
+
+def mark_written(weights: Sequence[Tensor]) -> None:
+    """Tell autograd that ``weights`` were written; it cannot see what a kernel does."""
+    for weight in weights:
+        if not weight.is_inference():
+            torch.autograd.graph.increment_version(weight)
 
 
 def eager(
@@ -172,14 +198,14 @@ def _accumulate(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _check(
+def check_operands(
     weights: Sequence[Tensor],
     u: Sequence[Tensor],
     delta: Sequence[Tensor],
     alpha: Tensor,
     flags: Sequence[bool],
 ) -> None:
-    """Refuse what cannot be done, by the name and the value of the argument."""
+    """Refuse what cannot be done, by the name of the argument; values are not read."""
     count = len(weights)
     for name, values in (("u", u), ("delta", delta), ("transposed", flags)):
         if len(values) != count:
@@ -217,9 +243,6 @@ def _check(
                 f"delta[{i}] has shape {_shape(delta[i])}, expected [{n}, {b}] for {name} "
                 f"{_shape(weight)} and u[{i}] {_shape(u[i])}" + " in Conv1D layout" * flag
             )
-    if not torch.compiler.is_compiling():
-        _check_overlap(weights, u, delta, alpha)
-        _check_finite(weights, u, delta, alpha)
 
 
 def _check_factor(name: str, tensor: Tensor, device: torch.device) -> None:
@@ -234,7 +257,7 @@ def _check_factor(name: str, tensor: Tensor, device: torch.device) -> None:
         )
 
 
-def _check_overlap(
+def check_overlap(
     weights: Sequence[Tensor], u: Sequence[Tensor], delta: Sequence[Tensor], alpha: Tensor
 ) -> None:
     """No weight may share memory with another operand: the result would depend on the order."""
@@ -280,20 +303,24 @@ def _check_finite(
         limit = torch.finfo(weight.dtype).max
         if bound <= limit:
             continue
-        named = ((f"u[{i}]", u[i]), (f"delta[{i}]", delta[i]), (f"alpha[{i}]", alpha[i]))
-        for name, tensor in named:
-            bad = ~tensor.isfinite()
-            if bad.any():
-                where = bad.nonzero()[0].tolist()
-                raise ValueError(
-                    f"{name} is not finite: {tensor[tuple(where)].item()}"
-                    + (f" at {where}" if where else "")
-                    + f"; weights[{i}] was left alone, and so were the others"
-                )
+        refuse_non_finite(i, u[i], delta[i], alpha[i])
         raise ValueError(
             f"the update of weights[{i}] may leave the range of {weight.dtype}: an element "
             f"may change by up to {bound:.3g}, the largest value is {limit:.3g}"
         )
+
+
+def refuse_non_finite(i: int, u: Tensor, delta: Tensor, alpha: Tensor) -> None:
+    """Raise ValueError for the first operand of weight ``i`` that is not finite, if any is."""
+    for name, tensor in ((f"u[{i}]", u), (f"delta[{i}]", delta), (f"alpha[{i}]", alpha)):
+        bad = ~tensor.isfinite()
+        if bad.any():
+            where = bad.nonzero()[0].tolist()
+            raise ValueError(
+                f"{name} is not finite: {tensor[tuple(where)].item()}"
+                + (f" at {where}" if where else "")
+                + f"; weights[{i}] was left alone, and so were the others"
+            )
 
 
 def _shape(tensor: Tensor) -> str:
