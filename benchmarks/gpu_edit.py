@@ -6,14 +6,13 @@ B   factored: one matrix after the other, eager, ``addmm_``
 C   compiled: grouped by shape, ``torch.compile`` max-autotune, in a CUDA graph
 D   cuBLAS: grouped by shape, ``addmm_``, in a CUDA graph
 E   ours: what the package does, eager, with its checks
-F   ours: its ops without the checks that wait, in a CUDA graph
+F   ours: ``apply_edit`` without the checks that wait, in a CUDA graph
 
 A and A' are float32, as that code is. Every way is held against float64 before it is timed.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from pymend import reference as ref
 from pymend.config import MendConfig
 from pymend.editor import Editor
 from pymend.models import EditedWeight
+from pymend.ops import apply_edit
 from pymend.ops import rank_update as rank_update_op
 
 RANK = 1920
@@ -61,15 +61,27 @@ class Group:
 
 
 class Subject:
-    """Weights, rows and an editor, all random: no rival can gain from zeros."""
+    """Weights, rows and an editor, all random: no rival can gain from zeros.
+
+    Args:
+        dtype: of the weights, and of the editor unless ``editor_dtype`` is given.
+    """
 
     def __init__(
-        self, model: str, rows: int, dtype: torch.dtype, device: Device, dry: bool, seed: int
+        self,
+        model: str,
+        rows: int,
+        dtype: torch.dtype,
+        device: Device,
+        dry: bool,
+        seed: int,
+        editor_dtype: torch.dtype | None = None,
     ) -> None:
         torch.manual_seed(seed)
         shapes, transposed = MODELS[model]
         shrink = SHRINK if dry else 1
         self.rows, self.dtype, self.device = rows, dtype, device
+        self.editor_dtype = dtype if editor_dtype is None else editor_dtype
         self.weights = [
             EditedWeight(f"w{a}x{b}.{i}", "", a // shrink, b // shrink, transposed, i)
             for a, b, count in shapes
@@ -97,6 +109,7 @@ class Subject:
             sigma = (net.moments.m2 / (SEEN - 1)).sqrt()
             inverse = (1 / (sigma + ref.EPS)).float()
             self.groups.append(Group(places, mode, net, net.moments.mean.float(), inverse))
+        self.plain = self.editor.plain()
 
     def _randomise(self, net: Any) -> None:
         for layer in net.joint:
@@ -106,7 +119,7 @@ class Subject:
             layer.scale.normal_(mean=1, std=0.1)
             layer.shift.normal_(std=0.1)
         for parameter in net.parameters():
-            parameter.data = parameter.data.to(self.dtype)
+            parameter.data = parameter.data.to(self.editor_dtype)
         net.moments.mean.normal_(std=0.1)
         net.moments.m2.uniform_(0.5 * SEEN, 2 * SEEN)
         net.moments.count.fill_(SEEN)
@@ -161,7 +174,7 @@ class Subject:
             for i in group.members:
                 w = self.weights[i]
                 z = (torch.cat([self.u[i], self.delta[i]], 1) - group.mean) * group.inverse
-                z = _layers(z.to(self.dtype), group.net, w.mode)
+                z = _layers(z.to(self.editor_dtype), group.net, w.mode)
                 self._addmm(i, *z.split([w.a, w.b], 1))
         return self.W
 
@@ -171,12 +184,13 @@ class Subject:
             w = self.weights[group.members[0]]
             rows = [torch.cat([self.u[i], self.delta[i]], 1) for i in group.members]
             z = (torch.cat(rows) - group.mean) * group.inverse
-            z = _layers(z.to(self.dtype), group.net, group.mode)
+            z = _layers(z.to(self.editor_dtype), group.net, group.mode)
             for i, part in zip(group.members, z.split(self.rows), strict=True):
                 self._addmm(i, *part.split([w.a, w.b], 1))
         return self.W
 
     def _addmm(self, i: int, u: Tensor, delta: Tensor) -> None:
+        u, delta = u.to(self.dtype), delta.to(self.dtype)
         left, right = (u, delta) if self.weights[i].transposed else (delta, u)
         self.W[i].addmm_(left.t(), right, alpha=-self.step)
 
@@ -193,18 +207,10 @@ class Subject:
         return self.W
 
     def unchecked(self) -> list[Tensor]:
-        """F: the same ops; rows are not looked at, nothing is read back."""
-        u: list[Any] = [None] * len(self.weights)
-        delta: list[Any] = list(u)
-        for group in self.groups:
-            w = self.weights[group.members[0]]
-            z = normalised(self, group)
-            for layer in group.net.joint:
-                z = layer(z, group.mode)
-            for i, part in zip(group.members, z.float().split(self.rows), strict=True):
-                u[i], delta[i] = (x.contiguous() for x in part.split([w.a, w.b], 1))
+        """F: rows are not looked at, nothing is read back."""
         flags = [w.transposed for w in self.weights]
-        rank_update_op._run(self.W, u, delta, self.alpha, flags)
+        operands = (self.W, self.u, self.delta, self.alpha, self.plain, flags)
+        apply_edit.unchecked(*operands)
         return self.W
 
 
@@ -213,21 +219,6 @@ def _layers(z: Tensor, net: Any, mode: Any) -> Tensor:
         p = torch.addmm(layer.bias, z @ layer.v.t(), layer.u.t())
         z = z + (layer.scale[mode] * p + layer.shift[mode]).clamp(min=0)
     return z
-
-
-def normalised(subject: Subject, group: Group) -> Tensor:
-    """Rows of ``group`` through the op ``moments`` if it is there, else by its formula."""
-    state = group.net.moments
-    u, delta = ([rows[i] for i in group.members] for rows in (subject.u, subject.delta))
-    if importlib.util.find_spec("pymend.ops.moments") is not None:
-        from pymend.ops.moments import moments
-
-        counts = [subject.rows] * len(u)
-        z = moments(u, delta, counts, state.mean, state.m2, state.count, False)
-        return z.to(subject.dtype)
-    x = torch.cat([torch.cat(u), torch.cat(delta)], 1).double()
-    sigma = (state.m2 / (state.count - 1)).sqrt()
-    return ((x - state.mean) / (sigma + ref.EPS)).to(subject.dtype)
 
 
 # -- cases ---------------------------------------------------------------------------------------
@@ -254,21 +245,25 @@ def case(
         rivals = {n: c for n, c in rivals.items() if not names or n in names}
         return Operands(s.W, rivals, lambda: s.dense(log=False, dtype=torch.float64)())
 
-    shapes, _ = MODELS[model]
-    width = DTYPES[dtype].itemsize
-    elements = sum(a * b * n for a, b, n in shapes)
-    editors = sum(4 * (a + b) * min(RANK, a + b) for a, b, _ in shapes)
-    passes = sum(4 * (a + b) * min(RANK, a + b) * n for a, b, n in shapes)
-    update = {"bytes": 2 * width * elements, "flops": 2 * rows * elements}
-    network = {"bytes": width * editors, "flops": 2 * rows * passes}
+    network, update = phases(model, rows, DTYPES[dtype].itemsize)
     return Case(
         {"model": model, "N": rows, "dtype": dtype, "phases": [network, update]},
         make,
-        size=width * (elements + editors),
+        size=network["bytes"] + update["bytes"] / 2,
         bytes=update["bytes"] + network["bytes"],
         flops=update["flops"] + network["flops"],
         tolerance=TOLERANCE[dtype],
     )
+
+
+def phases(model: str, rows: int, width: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes and operations of the network and of the update, ``width`` bytes an element."""
+    shapes, _ = MODELS[model]
+    elements = sum(a * b * n for a, b, n in shapes)
+    editors = sum(4 * (a + b) * min(RANK, a + b) for a, b, _ in shapes)
+    passes = sum(4 * (a + b) * min(RANK, a + b) * n for a, b, n in shapes)
+    update = {"bytes": 2 * width * elements, "flops": 2 * rows * elements}
+    return {"bytes": width * editors, "flops": 2 * rows * passes}, update
 
 
 @torch.no_grad()

@@ -285,6 +285,36 @@ def token_losses(sizes: Sizes) -> Iterator[Case]:
         yield Case(label, make, size, 2.5 * size, 20 * rows * width, tolerance)
 
 
+@op
+def apply_edit(sizes: Sizes) -> Iterator[Case]:
+    """The whole edit of GPT-2's six matrices; torch: all rows of a shape together, ``addmm_``."""
+    import gpu_edit
+
+    module, model = present()["apply_edit"], "GPT-2 small"
+    dry = sizes.shrink > 1
+    rows = sizes.of(32) if dry else 32
+    for dtype in (torch.float32, torch.bfloat16):
+
+        def make(seed: int, dtype: torch.dtype = dtype) -> Operands:
+            device = Device(dry=sizes.device == "cpu")
+            s = gpu_edit.Subject(model, rows, dtype, device, dry, seed)
+            flags = [w.transposed for w in s.weights]
+
+            def ours(function: Any) -> list[Tensor]:
+                function(s.W, s.u, s.delta, s.alpha, s.plain, flags)
+                return s.W
+
+            rivals = {"torch": s.grouped, "torch graph": s.grouped}
+            rivals["ours"] = partial(ours, module.apply_edit)
+            return Operands(s.W, {**rivals, OURS: partial(ours, module.unchecked)})
+
+        label = {"op": "apply_edit", "model": model, "N": 32, "dtype": _name(dtype)}
+        network, update = gpu_edit.phases(model, 32, dtype.itemsize)
+        size, moved = network["bytes"] + update["bytes"] / 2, network["bytes"] + update["bytes"]
+        flops = network["flops"] + update["flops"]
+        yield Case(label, make, size, moved, flops, gpu_edit.TOLERANCE[_name(dtype)])
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 

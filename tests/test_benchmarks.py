@@ -38,6 +38,11 @@ RIVALS = {  # by script, in the order of its table
         "epilogue, ours",
     ]
     * 2,
+    "apply_edit": [
+        f"{case}, {way}"
+        for case in ("8 rows", "32 rows", "128 rows", "32 rows, bfloat16")
+        for way in ("official order", "lean dense", "factored", "grouped", "ours")
+    ],
     "factored_adam": [
         f"{rival}, {rows} rows"
         for rows in (8, 24, 120, 240, 400, 800)
