@@ -83,11 +83,12 @@ fetch_nvcc() {
   [[ -f $NVCC/.pins && $(<"$NVCC/.pins") == "$pins" ]] && return
   rm -rf "$NVCC"
   say "no nvcc on this machine: fetching NVIDIA's from the package index"
-  if "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --target "$NVCC" $pins; then
+  if "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --target "$NVCC" $pins 2>"$NVCC.log"
+  then
     echo "$pins" >"$NVCC/.pins"
   else
     rm -rf "$NVCC"
-    say "nvcc could not be fetched: building the CPU kernels only."
+    say "nvcc could not be fetched ($NVCC.log says why): building the CPU kernels only."
   fi
 }
 
