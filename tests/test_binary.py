@@ -72,6 +72,18 @@ def test_only_the_glue_includes_torch():
     assert users == ["torch_glue.h"]
 
 
+@pytest.mark.parametrize("path", sorted(CSRC.glob("cuda/*.cu")), ids=lambda p: p.stem)
+def test_launches_are_on_the_tensors_device_and_torchs_stream(path):
+    """A guard for every stream that is asked for, both by an operand's own device."""
+    text = path.read_text()
+    launches = re.findall(r"\blaunch\(.*?;", text, re.S)
+    assert launches and all("stream" in launch.lower() for launch in launches)
+    guards = re.findall(r"DeviceGuard guard\((.+?)\);", text)
+    streams = re.findall(r"current_stream\((.+?\))\)", text)
+    assert guards and guards == streams
+    assert all(device.endswith(".get_device_index()") for device in guards)
+
+
 def binary() -> Path:
     return Path(_lib._C.__file__)
 

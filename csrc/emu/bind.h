@@ -16,7 +16,8 @@ inline Schedule parse_schedule(const std::string& order, uint64_t seed) {
   if (order == "forward") return {Schedule::forward, seed};
   if (order == "reversed") return {Schedule::reversed, seed};
   if (order == "random") return {Schedule::random, seed};
-  throw std::invalid_argument("schedule is '" + order + "', expected forward, reversed or random");
+  if (order == "last") return {Schedule::last, seed};
+  throw std::invalid_argument("schedule is '" + order + "', expected forward, reversed, random or last");
 }
 
 // An address from Python as a pointer.

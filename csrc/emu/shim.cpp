@@ -69,6 +69,11 @@ std::vector<int64_t> order_of(int64_t count, const Schedule& schedule, std::mt19
   return order;
 }
 
+std::vector<int64_t> blocks_of(int64_t grid, const Schedule& schedule, std::mt19937_64& random) {
+  if (schedule.order == Schedule::last && grid > 0) return {grid - 1};
+  return order_of(grid, schedule, random);
+}
+
 void run_block(int block, const Schedule& schedule, std::mt19937_64& random, const std::function<void()>& body) {
   threads = std::vector<Thread>(block);
   for (auto& thread : threads) {
@@ -130,7 +135,7 @@ void* shared_memory() { return shared_bytes.get(); }
 
 void run(int64_t grid, int block, size_t shared, const Schedule& schedule, const std::function<void()>& body) {
   std::mt19937_64 random(schedule.seed);
-  for (const int64_t index : order_of(grid, schedule, random)) {
+  for (const int64_t index : blocks_of(grid, schedule, random)) {
     blockIdx.x = static_cast<unsigned>(index);
     shared_bytes.reset(malloc(shared));  // exactly this size, so that AddressSanitizer sees an overrun
     memset(shared_bytes.get(), 0xFF, shared);

@@ -29,7 +29,8 @@ namespace pymend {
 namespace emu {
 
 struct Schedule {
-  enum Order { forward, reversed, random } order = forward;
+  // `last` runs no block but the last: of operands too large for this machine, only what that block touches exists.
+  enum Order { forward, reversed, random, last } order = forward;
   uint64_t seed = 0;  // of `random`
 };
 

@@ -3,7 +3,7 @@
 torch gives float32 products on a CPU to MKL, which was 1.1 (190 rows) to 2 times (20 rows) slower
 than the oneDNN that comes with the same torch on an AMD machine (``benchmarks/bench_products.py``).
 Edits have few rows, so both the frozen model and the editor gain. Everything that is not a large
-float32 product on a CPU, and ``PYMEND_KERNELS=off``, goes the usual way.
+float32 product on a CPU, ``torch.compile`` and ``PYMEND_KERNELS=off`` go the usual way.
 """
 
 from __future__ import annotations
@@ -65,9 +65,11 @@ class _FrozenLinear(torch.autograd.Function):
 def _wins(x: Tensor, w: Tensor) -> bool:
     """Whether oneDNN is there, does the same arithmetic, and is worth its longer call."""
     return (
-        x.dtype == w.dtype == torch.float32
+        not torch.compiler.is_compiling()  # compilers choose their products themselves
+        and x.dtype == w.dtype == torch.float32
         and x.device.type == w.device.type == "cpu"
         and w.numel() >= SMALL
+        and x.shape[-1] == w.shape[-1]  # if not, torch's own call says so better
         and _onednn is not None
         and bool(torch.backends.mkldnn.enabled)
         # A reduced precision, asked for by --matmul, is honoured by torch's own call only.

@@ -12,11 +12,37 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
+def side_path(x: Tensor, u: Tensor, delta: Tensor, alpha: Tensor) -> Tensor:
+    """The amount an edit takes off a layer's output (paper, Eq. 1 and section 3).
+
+    Args:
+        x: layer inputs, [t, a] or [episodes, t, a]; any floating dtype and any strides.
+        u: [n, a] or [episodes, n, a], x's dtype and device; padded rows are zero.
+        delta: [n, b] or [episodes, n, b], likewise.
+        alpha: step size, a scalar tensor; any floating dtype, x's device.
+
+    Returns:
+        [t, b] or [episodes, t, b] in x's dtype, differentiable once in every argument.
+
+    Raises:
+        ValueError: shapes or devices do not fit.
+        TypeError: a dtype is not x's, or not floating.
+    """
+    _check(x, u, delta, alpha)
+    return _SidePath.apply(x, u, delta, alpha)
+
+
+def eager(x: Tensor, u: Tensor, delta: Tensor, alpha: Tensor) -> Tensor:
+    """The same under torch's own autograd: the yardstick."""
+    return alpha * ((x @ u.mT) @ delta)
+
+
 class _SidePath(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, u: Tensor, delta: Tensor, alpha: Tensor) -> Tensor:
-        s = x @ u.mT  # [..., t, n]
-        product = s @ delta  # [..., t, b]
+        with torch.autocast(x.device.type, enabled=False):
+            s = x @ u.mT  # [..., t, n]
+            product = s @ delta  # [..., t, b]
         ctx.save_for_backward(x, u, delta, alpha, s)
         return alpha * product
 
@@ -25,25 +51,36 @@ class _SidePath(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, u, delta, alpha, s = ctx.saved_tensors
         need_x, need_u, need_delta, need_alpha = ctx.needs_input_grad
-        p = grad @ delta.mT  # [..., t, n]
-        return (
-            alpha * (p @ u) if need_x else None,
-            alpha * (p.mT @ x) if need_u else None,
-            alpha * (s.mT @ grad) if need_delta else None,
-            (s * p).sum() if need_alpha else None,
-        )
+        with torch.autocast(x.device.type, enabled=False):
+            p = grad @ delta.mT  # [..., t, n]
+            return (
+                alpha * (p @ u) if need_x else None,
+                alpha * (p.mT @ x) if need_u else None,
+                alpha * (s.mT @ grad) if need_delta else None,
+                (s * p).sum() if need_alpha else None,
+            )
 
 
-def side_path(x: Tensor, u: Tensor, delta: Tensor, alpha: Tensor) -> Tensor:
-    """The amount an edit takes off a layer's output (paper, Eq. 1 and section 3).
-
-    Args:
-        x: layer inputs, [t, a] or [episodes, t, a].
-        u: [n, a] or [episodes, n, a]; padded rows are zero.
-        delta: [n, b] or [episodes, n, b].
-        alpha: step size, a scalar tensor.
-
-    Returns:
-        [t, b] or [episodes, t, b], differentiable once in every argument.
-    """
-    return _SidePath.apply(x, u, delta, alpha)
+def _check(x: Tensor, u: Tensor, delta: Tensor, alpha: Tensor) -> None:
+    """Refuse what cannot be done, by the name and the value of the argument."""
+    if x.dim() not in (2, 3):
+        raise ValueError(f"x has shape {list(x.shape)}, expected [t, a] or [episodes, t, a]")
+    *episodes, _, a = x.shape
+    n, b = (t.shape[i] if t.dim() == x.dim() else 0 for t, i in ((u, -2), (delta, -1)))
+    for name, tensor, shape in (
+        ("x", x, list(x.shape)),
+        ("u", u, [*episodes, n, a]),
+        ("delta", delta, [*episodes, n, b]),
+        ("alpha", alpha, []),
+    ):
+        if list(tensor.shape) != shape:
+            raise ValueError(
+                f"{name} has shape {list(tensor.shape)}, expected {shape} for x {list(x.shape)}"
+                + f" and u {list(u.shape)}" * (name == "delta")
+            )
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} has dtype {tensor.dtype}, expected a floating dtype")
+        if tensor.dtype != x.dtype and name != "alpha":
+            raise TypeError(f"{name} has dtype {tensor.dtype}, expected x's {x.dtype}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}, x is on {x.device}")

@@ -105,6 +105,42 @@ def test_spare_rows(large, monkeypatch):
 
 
 @needs_onednn
+def test_inference_mode_and_threads_change_nothing(large, calls):
+    """Where nothing may be saved, and for any number of threads twice the same bits."""
+    (w, b), x = large, torch.randn(33, 256)
+    want = products.frozen_linear(x, w, b)
+    with torch.inference_mode():
+        assert torch.equal(products.frozen_linear(x.clone(), w.clone(), b.clone()), want)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            twice = [products.frozen_linear(x, w, b) for _ in range(2)]
+            assert torch.equal(*twice)
+            torch.testing.assert_close(twice[0], want)
+    finally:
+        torch.set_num_threads(threads)
+    assert len(calls) == 8
+
+
+@needs_onednn
+def test_compiles_whole(large):
+    w, b = large
+    x = torch.randn(5, 256, requires_grad=True)
+    y = products.frozen_linear(x, w, b)
+    compiled = torch.compile(products.frozen_linear, fullgraph=True, backend="aot_eager")(x, w, b)
+    torch.testing.assert_close(compiled, y)
+    (ours,), (theirs,) = (torch.autograd.grad(t.sum(), x) for t in (compiled, y))
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("call", [products.product, products.frozen_linear])
+def test_shapes_that_do_not_fit_are_refused(large, call):
+    with pytest.raises(RuntimeError, match="4x255 and 256x384"):
+        call(torch.randn(4, 255), large[0])
+
+
+@needs_onednn
 def test_frozen_models_use_it_and_are_put_back(calls):
     """Linear and Conv1D by type; subclasses and modules with a forward of their own are left."""
 
