@@ -1,6 +1,6 @@
-// rank_update on CPU tensors of bfloat16 and float16; the loops are in rank_update_rows.cpp.
+// rank_update on CPU tensors of float32, bfloat16 and float16; the loops are in rank_update_rows.cpp.
 //
-// float32 and float64 go through torch's GEMM, from pymend/ops/rank_update.py. Tiles of rows are a fixed partition and
+// float64 goes through torch's GEMM, from pymend/ops/rank_update.py. Tiles of rows are a fixed partition and
 // their sums are added in order, so the result does not depend on the number of threads.
 #include "cpu/rank_update_rows.h"
 
@@ -56,11 +56,18 @@ Tensor run(const std::vector<Tensor>& weights, const std::vector<Tensor>& u, con
 Tensor rank_update(std::vector<Tensor> weights, std::vector<Tensor> u, std::vector<Tensor> delta, Tensor alpha,
                    std::vector<bool> transposed, std::vector<int64_t> seeds) {
   PYMEND_CHECK(!weights.empty(), "weights is empty");
-  const ScalarType dtype = weights[0].scalar_type();
-  PYMEND_CHECK(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, "weights[0] has dtype ", name_of(dtype),
-               ", expected BFloat16 or Half on a CPU; pymend.ops.rank_update also takes float32 and float64");
-  return dtype == ScalarType::Half ? run<Fp16>(weights, u, delta, alpha, transposed, seeds)
-                                   : run<Bf16>(weights, u, delta, alpha, transposed, seeds);
+  switch (weights[0].scalar_type()) {
+    case ScalarType::Float:
+      return run<float>(weights, u, delta, alpha, transposed, seeds);
+    case ScalarType::BFloat16:
+      return run<Bf16>(weights, u, delta, alpha, transposed, seeds);
+    case ScalarType::Half:
+      return run<Fp16>(weights, u, delta, alpha, transposed, seeds);
+    default:
+      PYMEND_CHECK(false, "weights[0] has dtype ", name_of(weights[0].scalar_type()),
+                   ", expected Float, BFloat16 or Half on a CPU; pymend.ops.rank_update also takes float64");
+  }
+  return alpha;
 }
 
 }  // namespace

@@ -109,8 +109,12 @@ Kept update_rows(const RankUpdate<Bf16>& m, RowsStep how, int64_t begin, int64_t
 Kept update_rows(const RankUpdate<Fp16>& m, RowsStep how, int64_t begin, int64_t end) {
   return how.random ? update<true>(m, how, begin, end) : update<false>(m, how, begin, end);
 }
+Kept update_rows(const RankUpdate<float>& m, RowsStep how, int64_t begin, int64_t end) {
+  return update<false>(m, how, begin, end);
+}
 float largest_change(const RankUpdate<Bf16>& m) { return bound(m); }
 float largest_change(const RankUpdate<Fp16>& m) { return bound(m); }
+float largest_change(const RankUpdate<float>& m) { return bound(m); }
 
 }  // namespace PYMEND_LEVEL
 }  // namespace pymend

@@ -20,16 +20,19 @@ using UpdateRows = Kept (*)(const RankUpdate<T>& matrix, RowsStep how, int64_t b
 template <typename T>
 using LargestChange = float (*)(const RankUpdate<T>& matrix);
 
-#define PYMEND_DECLARE_LEVEL(level)                                                         \
-  namespace level {                                                                         \
-  Kept update_rows(const RankUpdate<Bf16>& matrix, RowsStep how, int64_t begin, int64_t end); \
-  Kept update_rows(const RankUpdate<Fp16>& matrix, RowsStep how, int64_t begin, int64_t end); \
-  float largest_change(const RankUpdate<Bf16>& matrix); \
-  float largest_change(const RankUpdate<Fp16>& matrix); \
+#define PYMEND_DECLARE_LEVEL_OF(level, T)                                                  \
+  namespace level {                                                                       \
+  Kept update_rows(const RankUpdate<T>& matrix, RowsStep how, int64_t begin, int64_t end); \
+  float largest_change(const RankUpdate<T>& matrix);                                      \
   }
+#define PYMEND_DECLARE_LEVEL(level)     \
+  PYMEND_DECLARE_LEVEL_OF(level, Bf16)  \
+  PYMEND_DECLARE_LEVEL_OF(level, Fp16)  \
+  PYMEND_DECLARE_LEVEL_OF(level, float)
 PYMEND_DECLARE_LEVEL(base)
 PYMEND_DECLARE_LEVEL(avx2)
 PYMEND_DECLARE_LEVEL(avx512)
 #undef PYMEND_DECLARE_LEVEL
+#undef PYMEND_DECLARE_LEVEL_OF
 
 }  // namespace pymend

@@ -117,7 +117,7 @@ def eager(
     transposed: Sequence[bool],
     seeds: Sequence[int] = (),
 ) -> Tensor:
-    """The same in torch ops, on any device: fallback, yardstick, and the way of wide CPU weights.
+    """The same in torch ops, on any device: fallback, yardstick, and float64's way on a CPU.
 
     A block of rows at a time, so that no second matrix of a weight's size appears. torch's GEMM
     forms the wanted change of the block, which both the update and the fidelity need.
@@ -186,10 +186,9 @@ def _run(
     flags: list[bool],
     seeds: Sequence[int] = (),
 ) -> Tensor:
-    """One device and one dtype. On a CPU, float32 and float64 are torch's: its GEMM is as fast."""
-    wide = weights[0].dtype in (torch.float32, torch.float64)
-    on_cpu = weights[0].device.type == "cpu"
-    if (wide and on_cpu) or not _lib.use_kernel("rank_update", weights[0].device):
+    """One device and one dtype. On a CPU float64, which nobody is in a hurry for, is torch's."""
+    wide_on_cpu = weights[0].dtype == torch.float64 and weights[0].device.type == "cpu"
+    if wide_on_cpu or not _lib.use_kernel("rank_update", weights[0].device):
         return eager(weights, u, delta, alpha, flags, seeds)
     return torch.ops.pymend.rank_update.default(weights, u, delta, alpha, flags, list(seeds))
 

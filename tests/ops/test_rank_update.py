@@ -456,8 +456,8 @@ NATIVE_REFUSED = {
                 r"u\[0\] is not contiguous"),
     "list": (lambda c: Case(c.weights, c.u, [], c.alpha, c.transposed),
              r"delta has 0 entries for 1 weights"),
-    "float32": (lambda c: spoil(c, "weights", 0, torch.randn(3, 4)),
-                r"weights\[0\] has dtype Float, expected BFloat16 or Half on a CPU"),
+    "float64": (lambda c: spoil(c, "weights", 0, torch.randn(3, 4).double()),
+                r"weights\[0\] has dtype Double, expected Float, BFloat16 or Half on a CPU"),
 }  # fmt: skip
 
 
