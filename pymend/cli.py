@@ -1,4 +1,4 @@
-"""The command line: ``pymend train | edit | eval | demo``.
+"""The command line: ``pymend train | edit | eval | demo | models``.
 
 The flags of training are made from ``TrainConfig`` and ``MendConfig``. A preset and a ``--config``
 file are turned into flags and put before the user's own, so that later ones win and all are checked
@@ -62,7 +62,8 @@ HELP = {
     "save_every": "steps between checkpoints",
     "prefix_cache": "keep the states below the edited blocks in memory across epochs",
     "rank": "width of the editor's low-rank layers",
-    "edit": "weights to edit: mlp, attention or all of the last blocks, or names and patterns",
+    "edit": "weights to edit: mlp, attention or all of the last blocks, paper for the paper's own "
+    "list, or names and patterns",
     "blocks": "how many of the last blocks; 0: three, of an encoder-decoder two of each stack",
     "alpha": "initial step size",
     "shared": "one network for each weight shape, not for each weight",
@@ -259,6 +260,10 @@ def _parsers() -> tuple[_Parser, argparse.ArgumentParser]:
     _add_model(demo)
     _add_settings(demo, TrainConfig, "training", defaults=False)
     _add_settings(demo, MendConfig, "editor", defaults=False)
+
+    models = commands.add_parser("models", help="list known models and what is edited in them")
+    models.set_defaults(run=_models)
+    models.add_argument("names", nargs="*", metavar="NAME", help="default: all of them")
     return parser, train
 
 
@@ -532,6 +537,25 @@ def _demo(args: argparse.Namespace) -> None:
         demo.run(model, tokenizer, train, validation, test, output, settings, args.model, args.chat)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; run the same command again to continue") from None
+
+
+def _models(args: argparse.Namespace) -> None:
+    import torch
+
+    from pymend.editor import Editor
+    from pymend.models import PAPER, find_weights
+    from pymend.models.presets import preset, presets
+    from pymend.report import blockwise, table
+
+    rows = []
+    for known in [preset(name) for name in args.names] or presets().values():
+        kind = PAPER if known.weights else "mlp"
+        weights = find_weights(known.skeleton(), (kind,))
+        with torch.device("meta"):
+            count = sum(p.numel() for p in Editor(weights, MendConfig()).nets_parameters())
+        names = blockwise([w.name for w in weights])
+        rows.append((known.name, kind, " ".join(names), f"{count / 1e6:.1f}M"))
+    print(table(("model", "--edit", "weights", "editor"), rows, (36, 6, 64, 8)))
 
 
 # -- shared by the commands ------------------------------------------------------------------

@@ -58,7 +58,7 @@ class MendConfig:
     """
 
     rank: int = 1920  # width of each low-rank layer, cut to the layer's input width
-    edit: tuple[str, ...] = ()  # weight names or patterns, or mlp, attention, all; empty: mlp
+    edit: tuple[str, ...] = ()  # weight names, patterns, or mlp, attention, all, paper; empty: mlp
     blocks: int = 0  # of a kind, how many last blocks; 0: three, of an encoder-decoder two each
     alpha: float = 1e-4  # initial step size of every weight
     shared: bool = True  # one network per weight shape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -42,6 +43,18 @@ def _wrapped(cell: str, width: int) -> list[str]:
 def number(value: float | None, digits: int = 3) -> str:
     """A score, or a dash where there is none."""
     return "-" if value is None else f"{value:.{digits}f}"
+
+
+def blockwise(names: Sequence[str]) -> list[str]:
+    """Weight names, those of consecutive blocks that else agree as one: ``h.9-11.mlp.c_fc``."""
+    blocks: dict[tuple[str, str], list[str]] = {}
+    for name in names:
+        head, block, rest = re.split(r"(?<=\.)(\d+)(?=\.)", name, maxsplit=1)
+        blocks.setdefault((head, rest), []).append(block)
+    return [
+        f"{head}{'-'.join(dict.fromkeys((found[0], found[-1])))}{rest}"
+        for (head, rest), found in blocks.items()
+    ]
 
 
 def memory(count: float) -> str:

@@ -64,6 +64,8 @@ def test_a_model_without_blocks() -> None:
         ValueError, match=r"Linear has no list of blocks .* name the weights to edit"
     ):
         find_weights(torch.nn.Linear(3, 4))
+    with pytest.raises(ValueError, match=r"the paper names no weights for this model \(unknown, "):
+        find_weights(torch.nn.Linear(3, 4), ("paper",))
 
 
 # --------------------------------------------------------------------------------------- requests

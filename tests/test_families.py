@@ -99,8 +99,16 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], tuple[str, tuple[str, ...]]]] = {
         ("gpt_neox.layers", ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h")),
     ),
     "phi": ("phi", PLAIN, ("model.layers", ("mlp.fc1", "mlp.fc2"))),
+    # Gate and up are one matrix, and so are query, key and value, which make 56 = 2 * 28 features
+    # here: attention looks like a narrower MLP.
+    "phi3": (
+        "phi3",
+        {**PLAIN, "num_key_value_heads": 1, "head_dim": 14, "sliding_window": None},
+        ("model.layers", ("mlp.gate_up_proj", "mlp.down_proj")),
+    ),
 }
 families = pytest.mark.parametrize("family", FAMILIES)
+kinds = pytest.mark.parametrize("kind", ["mlp", "attention"])
 
 
 def model_of(family: str) -> Any:
@@ -122,7 +130,8 @@ def test_default_weights_are_the_mlp_matrices_of_the_last_three_blocks(family: s
     for w in weights:
         shape = model.get_parameter(w.name).shape
         assert tuple(shape) == ((w.a, w.b) if w.transposed else (w.b, w.a))
-        assert {w.a, w.b} == {config.get("hidden_size", config.get("n_embd")), 38}
+        inner = 76 if w.name.endswith("gate_up_proj.weight") else 38
+        assert {w.a, w.b} == {config.get("hidden_size", config.get("n_embd")), inner}
     # A gate and an up matrix share one network, so its modes go to five.
     modes = [[w.mode for w in weights if w.shape == s] for s in {w.shape for w in weights}]
     assert sorted(map(tuple, modes)) == sorted(
@@ -130,11 +139,27 @@ def test_default_weights_are_the_mlp_matrices_of_the_last_three_blocks(family: s
     )
 
 
+@pytest.mark.parametrize(
+    ("family", "matrices"),
+    [
+        ("gpt2", ("attn.c_attn", "attn.c_proj")),
+        ("pythia", ("attention.query_key_value", "attention.dense")),
+        ("phi3", ("self_attn.o_proj", "self_attn.qkv_proj")),
+        ("qwen3", tuple(f"self_attn.{m}_proj" for m in "qkvo")),
+    ],
+)
+def test_attention_with_and_without_fused_matrices(family: str, matrices: tuple[str, ...]) -> None:
+    path = FAMILIES[family][2][0]
+    names = [w.name for w in find_weights(model_of(family), ("attention",), blocks=2)]
+    assert names == [f"{path}.{i}.{m}.weight" for i in (LAYERS - 2, LAYERS - 1) for m in matrices]
+
+
 @families
-def test_a_training_step_runs(family: str, tmp_path: Path) -> None:
+@kinds
+def test_a_training_step_runs(family: str, kind: str, tmp_path: Path) -> None:
     model = model_of(family)
     before = snapshot(model)
-    mend = tiny_mend(model)
+    mend = tiny_mend(model, edit=(kind,))
     start = {k: v.clone() for k, v in mend.editor.state_dict().items()}
     config = TrainConfig(steps=1, batch_size=2, lr=1e-3, eval_records=2)
     data = facts(4)
@@ -148,9 +173,10 @@ def test_a_training_step_runs(family: str, tmp_path: Path) -> None:
 
 
 @families
-def test_applied_equals_merged(family: str) -> None:
+@kinds
+def test_applied_equals_merged(family: str, kind: str) -> None:
     model = model_of(family)
-    mend = seasoned_mend(model)
+    mend = seasoned_mend(model, edit=(kind,))
     edit = mend.edit(model, tokenizer(), facts(1)[0])
     rows = [Row((5, 9, 30, 7, 11)), Row((8, 6, 12)), Row(tuple(range(10, 22)))]
     plain = logits_of(model, rows)

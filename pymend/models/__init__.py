@@ -13,9 +13,11 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from pymend.models.presets import paper_weights
 from pymend.ops.products import frozen_linear
 
 KINDS = ("mlp", "attention", "all")  # matrices of a block
+PAPER = "paper"  # the paper's own list for the model at hand
 
 
 @dataclass(frozen=True)
@@ -52,14 +54,16 @@ def _matrices(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Mod
 def _mlp_names(block: nn.Module, prefix: str) -> list[str]:
     """The layers between the residual stream and the block's widest hidden layer.
 
-    Those are the MLP's: the only other pairs a -> f -> a are attention's values, which are
-    narrower, and fused query-key-value matrices have no way back.
+    A way up leads from d features to f > d, or to 2f where gate and up are one matrix, and the way
+    down from f to d. The other such pairs are attention's, which are narrower.
     """
     layers = [(name, a, b) for name, _, a, b in _matrices(block, prefix)]
     shapes = {(a, b) for _, a, b in layers}
-    wide = max((b for a, b in shapes if b > a and (b, a) in shapes), default=0)
-    pairs = {s for s in shapes if wide in s and s[::-1] in shapes and s[0] != s[1]}
-    return [name for name, a, b in layers if (a, b) in pairs]
+    ups = {(f, d): (d, f) if (d, f) in shapes else (d, 2 * f) for f, d in shapes if f > d}
+    pairs = [(down, up) for down, up in ups.items() if up in shapes]
+    wide = max((f for (f, _), _ in pairs), default=0)
+    mlp = {shape for pair in pairs if wide in pair[0] for shape in pair}
+    return [name for name, a, b in layers if (a, b) in mlp]
 
 
 def find_blocks(part: nn.Module, prefix: str = "") -> tuple[str, nn.ModuleList]:
@@ -88,7 +92,7 @@ def stacks(model: nn.Module) -> dict[str, nn.Module]:
 
     In an encoder-decoder the encoder comes first.
     """
-    if not getattr(model.config, "is_encoder_decoder", False):
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return {"": model}
     paths = {module: name for name, module in model.named_modules()}
     parts = (model.get_encoder(), model.get_decoder())  # type: ignore[operator]
@@ -98,33 +102,38 @@ def stacks(model: nn.Module) -> dict[str, nn.Module]:
 def find_weights(
     model: nn.Module, patterns: Sequence[str] = (), blocks: int = 0
 ) -> tuple[EditedWeight, ...]:
-    """The matrices to edit, in ``named_parameters()`` order.
+    """The matrices to edit, in ``named_parameters()`` order, or in the paper's.
 
     Args:
         patterns: parameter names or fnmatch patterns; or one of ``mlp`` (the default),
-            ``attention`` and ``all``: those matrices of the last ``blocks`` blocks of every stack.
+            ``attention`` and ``all``: those matrices of the last ``blocks`` blocks of every stack;
+            or ``paper``: the paper's own list for a model of these sizes.
         blocks: 0 for the paper's choice (appendix C): three, of an encoder-decoder two of each.
 
     Raises:
-        ValueError: a pattern without a match, or a parameter that is no linear layer's matrix.
+        ValueError: a pattern without a match, a parameter that is no linear layer's matrix, or a
+            model that the paper has no list for.
     """
     layers = {f"{name}.weight": (name, m, a, b) for name, m, a, b in _matrices(model)}
-    names = [name for name, _ in model.named_parameters()]
+    names: Sequence[str] = [name for name, _ in model.named_parameters()]
     kind = patterns[0] if len(patterns) == 1 else "mlp" if not patterns else ""
     if kind in KINDS:
         chosen = _of_kind(model, kind, blocks)
     else:
+        if kind == PAPER:
+            patterns = paper_weights(getattr(model, "config", None))
         for pattern in patterns:
             matches = [n for n in names if fnmatchcase(n, pattern)]
             if not matches:
                 raise ValueError(
                     f"no parameter is called {pattern!r}; names look like {names[-1]!r}, "
-                    f"or give one of {', '.join(KINDS)}"
+                    f"or give one of {', '.join((*KINDS, PAPER))}"
                 )
             for name in matches:
                 if name not in layers:
                     raise ValueError(f"{name} is not the matrix of a linear layer; leave it out")
         chosen = {n for n in names if any(fnmatchcase(n, p) for p in patterns)}
+        names = patterns if kind == PAPER else names
     weights: list[EditedWeight] = []
     for name in (n for n in names if n in chosen):
         module_name, module, a, b = layers[name]
