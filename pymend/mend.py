@@ -18,18 +18,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from pymend.algorithm import Algorithm, AnyEdit
 from pymend.capture import Factors, capture
 from pymend.config import EditRequest, MendConfig, from_json, to_json
-from pymend.edit import Edit, LowRank, Outcome, fingerprint
+from pymend.edit import Edit, LowRank, fingerprint
 from pymend.editor import Editor
 from pymend.files import digest, read_json, read_tensors, writable_dir, write_json, write_tensors
-from pymend.losses import hits_rows, mean_of_seen
-from pymend.models import EditedWeight, find_weights, frozen, weight_of
+from pymend.losses import mean_of_seen
+from pymend.models import EditedWeight, find_weights, weight_of
 from pymend.replay import Replay
-from pymend.tokens import Batch, Encoder, Row
+from pymend.tokens import Batch, Row
 
 
-class Mend:
+class Mend(Algorithm):
     """A MEND editor: the weights it edits, its networks and step sizes.
 
     Build one with :meth:`from_config` and train it with ``Trainer``, or load one with
@@ -105,69 +106,32 @@ class Mend:
 
     # -- editing -----------------------------------------------------------------------------
 
-    def edit(
-        self,
-        model: nn.Module,
-        tokenizer: Any,
-        requests: EditRequest | Sequence[EditRequest],
-        chat: bool = False,
-    ) -> Edit:
-        """One edit for one or several facts at once.
-
-        Sequential editing is the same call on a model that already has edits applied or merged.
-
-        Args:
-            model: a causal language model; it is not changed.
-            tokenizer: the model's own.
-            requests: only ``prompt`` and ``target`` of each are used.
-            chat: put prompts through the tokenizer's chat template.
-
-        Returns:
-            The edit. ``edit.outcomes`` tells, request by request, whether it took.
-
-        Raises:
-            ValueError: no request, one that cannot be tokenised, or a model that does not fit.
-        """
-        requests = [requests] if isinstance(requests, EditRequest) else list(requests)
-        return self._edit(model, tokenizer, requests, joint=True, chat=chat)
-
-    def edit_many(
-        self,
-        model: nn.Module,
-        tokenizer: Any,
-        requests: Sequence[EditRequest],
-        chat: bool = False,
-    ) -> Edit:
-        """Independent edits of ``model``, one for each request, computed in one pass.
-
-        Returns:
-            An edit that holds them side by side: ``edit[i]`` is the one of ``requests[i]``.
-
-        Raises:
-            ValueError: as :meth:`edit`.
-        """
-        return self._edit(model, tokenizer, list(requests), joint=False, chat=chat)
-
     def _edit(
         self, model: nn.Module, tokenizer: Any, requests: list[EditRequest], joint: bool, chat: bool
-    ) -> Edit:
-        if not requests:
-            raise ValueError("no request to edit; give at least one")
-        if joint and len(requests) != self.config.n_edits:
+    ) -> AnyEdit:
+        if joint and requests and len(requests) != self.config.n_edits:
             warnings.warn(
                 f"this editor was trained for n_edits={self.config.n_edits} at once, not for "
                 f"{len(requests)}: the size of an edit grows with their number",
                 stacklevel=3,
             )
-        encoder = Encoder.for_model(model, tokenizer, chat)
-        rows = [encoder.row(r.prompt, r.target) for r in requests]
-        known = self.fit(model)
-        with frozen(model):
-            replay = Replay(model, self.weights)
-            replay.load(rows)
-            edit = self.independent(replay, rows, joint)
-            edit.outcomes = _outcomes(replay, edit, requests, rows, encoder)
-        edit.fingerprint = known
+        return super()._edit(model, tokenizer, requests, joint, chat)
+
+    def differentiable(
+        self, replay: Replay, rows: Sequence[Row], episodes: int, merge: bool
+    ) -> Edit:
+        """Independent edits, one an episode, through which gradients reach the editor.
+
+        Args:
+            rows: that many equal groups of simultaneous edits.
+            merge: training: take the captured rows into the running moments.
+
+        Raises:
+            NonFiniteError: the captured gradients or the factors are not finite.
+        """
+        captured = self.capture(replay, rows, episodes)
+        edit = Edit(self.weights, self.factors(captured, merge=merge))
+        edit.check(replay.model)
         return edit
 
     @torch.no_grad()
@@ -175,7 +139,7 @@ class Mend:
         """One edit for each of ``rows``, or one for all of them if ``joint``; nothing is trained.
 
         Raises:
-            ValueError: the captured gradients or the factors are not finite.
+            NonFiniteError: the captured gradients or the factors are not finite.
         """
         captured = self.capture(replay, rows, 1 if joint else len(rows))
         edit = Edit(self.weights, self.factors(captured, joint))
@@ -271,26 +235,3 @@ def load_state(module: nn.Module, tensors: Mapping[str, Tensor], where: Path) ->
                 f"{where}: {name} is {tuple(value.shape)}, expected {tuple(own[name].shape)}"
             )
     module.load_state_dict(dict(tensors))
-
-
-def _outcomes(
-    replay: Replay, edit: Edit, requests: list[EditRequest], rows: list[Row], encoder: Encoder
-) -> tuple[Outcome, ...]:
-    """Look at every request before and after the edit."""
-    batch = Batch.of(rows, replay.device)
-    n = len(rows)
-    looks = []
-    with torch.no_grad():
-        before = replay.label_rows(batch).losses(batch.target)
-        with edit.applied(replay.model):
-            after = replay.label_rows(batch).losses(batch.target)
-    for look in (before, after):
-        probability = (-mean_of_seen(look.nll, batch.target, batch.row, n)).exp().tolist()
-        hits = hits_rows(look.best, batch.target, batch.row, n).tolist()
-        best = look.best.cpu()
-        answers = [encoder.text(best[batch.row.cpu() == i]) for i in range(n)]
-        looks.append(list(zip(probability, answers, hits, strict=True)))
-    return tuple(
-        Outcome(r.prompt, r.target, p0, p1, a0, a1, hit == 1.0)
-        for r, (p0, a0, _), (p1, a1, hit) in zip(requests, *looks, strict=True)
-    )

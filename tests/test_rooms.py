@@ -8,6 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent / "pymend"
 
 CORE = {
+    "algorithm",
     "capture",
     "config",
     "edit",
@@ -33,6 +34,7 @@ ROOMS = {
     "replay": {"losses", "models", "tokens"},
     "editor": {"config", "models", "ops"},
     "edit": {"capture", "files", "models", "ops"},
+    "algorithm": {"config", "edit", "losses", "models", "replay", "tokens"},
     "mend": CORE - {"mend"},
     "training": CORE | {"ops"},
     "evaluation": CORE,

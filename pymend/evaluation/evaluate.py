@@ -15,14 +15,12 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from pymend.algorithm import Algorithm, AnyEdit
 from pymend.capture import NonFiniteError
 from pymend.config import EditRequest
-from pymend.edit import Edit
 from pymend.evaluation.metrics import Metrics, RecordScores, mean
-from pymend.mend import Mend
 from pymend.models import frozen
 from pymend.ops.token_losses import TokenLosses
-from pymend.replay import Replay
 from pymend.tokens import IGNORE, Batch, EncodedRequest, Encoder, Row
 
 PPL_TOKENS = 256  # of the perplexity text, looked at under every edit
@@ -30,7 +28,7 @@ PPL_TOKENS = 256  # of the perplexity text, looked at under every edit
 
 @torch.no_grad()
 def evaluate(
-    mend: Mend,
+    algorithm: Algorithm,
     model: nn.Module,
     tokenizer: Any,
     data: Sequence[EditRequest],
@@ -42,6 +40,7 @@ def evaluate(
     """Edit ``model`` with each record alone and measure what changed.
 
     Args:
+        algorithm: computes the edits.
         data: records; rephrases, locality prompts and true answers are used where present.
         batch_size: independent edits computed and looked at together.
         ppl_text: text whose perplexity is compared, as it stands (no chat template) and up to the
@@ -57,7 +56,7 @@ def evaluate(
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     encoder = Encoder.for_model(model, tokenizer, chat)
-    mend.fit(model)
+    algorithm.fit(model)
     encoded = encoder.requests(data)
     text = None if ppl_text is None else _text_row(encoder, ppl_text)
     scores: list[RecordScores] = []
@@ -68,9 +67,9 @@ def evaluate(
         for i in range(0, len(encoded), batch_size):
             chunk = encoded[i : i + batch_size]
             try:
-                look = _Look(mend, model, chunk, text)
+                look = _Look(algorithm, model, chunk, text)
             except NonFiniteError:
-                _name_culprit(mend, model, chunk, i)
+                _name_culprit(algorithm, model, chunk, i)
                 raise
             edit_seconds += look.edit_seconds
             scores += look.scores()
@@ -96,12 +95,12 @@ def _text_row(encoder: Encoder, text: str) -> Row:
 
 
 def _name_culprit(
-    mend: Mend, model: nn.Module, chunk: Sequence[EncodedRequest], first: int
+    algorithm: Algorithm, model: nn.Module, chunk: Sequence[EncodedRequest], first: int
 ) -> None:
     """Edit each record of ``chunk`` apart; name the one whose edit is not finite."""
     for number, record in enumerate(chunk, first):
         try:
-            _Look(mend, model, [record], None)
+            _Look(algorithm, model, [record], None)
         except NonFiniteError as error:
             raise NonFiniteError(f"record {number}: {error}") from error
 
@@ -118,10 +117,14 @@ class _Look:
     """A chunk of records, each edited alone, looked at before and after."""
 
     def __init__(
-        self, mend: Mend, model: nn.Module, chunk: Sequence[EncodedRequest], text: Row | None
+        self,
+        algorithm: Algorithm,
+        model: nn.Module,
+        chunk: Sequence[EncodedRequest],
+        text: Row | None,
     ) -> None:
         self.chunk = chunk
-        self.replay = Replay(model, mend.weights)
+        self.replay = algorithm.replay(model)
         kinds: dict[str, list[tuple[Row, ...]]] = {
             "edit": [(r.edit,) for r in chunk],
             "old": [(r.old,) if r.old else () for r in chunk],
@@ -136,7 +139,7 @@ class _Look:
 
         begin = time.perf_counter()
         self.replay.load(edits)
-        edit = mend.independent(self.replay, edits)
+        edit = algorithm.independent(self.replay, edits)
         self.edit_seconds = time.perf_counter() - begin
 
         texts = [text] if text else []
@@ -157,7 +160,7 @@ class _Look:
         self.nll = torch.tensor(pairs, dtype=torch.float64).reshape(-1, 2).sum(0)
         self.tokens = sum(x.tokens for x in counted)
 
-    def _look(self, edit: Edit, groups: Sequence[Sequence[Row]]) -> list[list[_RowLook]]:
+    def _look(self, edit: AnyEdit, groups: Sequence[Sequence[Row]]) -> list[list[_RowLook]]:
         """Run equal groups of rows unedited and each under its own edit."""
         rows = [row for group in groups for row in group]
         batch = Batch.of(rows, self.replay.device)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pymend.edit import Edit
 from pymend.losses import hits_rows, mean_of_seen, mean_per_row
 from pymend.mend import Mend
 from pymend.replay import Replay
@@ -114,9 +113,7 @@ def run_episodes(
     )
     with torch.no_grad():
         base = replay.label_rows(locality)
-    captured = mend.capture(replay, edits.rows, n)
-    edit = Edit(mend.weights, mend.factors(captured, merge=merge))
-    edit.check(replay.model)
+    edit = mend.differentiable(replay, edits.rows, n, merge)
     # One pass for each kind of row: their lengths differ, and padding would cost more.
     with edit.applied(replay.model):
         looks = {

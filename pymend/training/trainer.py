@@ -34,7 +34,6 @@ from pymend.files import (
 )
 from pymend.mend import Mend, load_state
 from pymend.models import frozen
-from pymend.replay import Replay
 from pymend.tokens import EncodedRequest, Encoder
 from pymend.training.episodes import EpisodeScores, Sampler, run_episodes
 from pymend.training.optim import EditorOptimizer
@@ -99,8 +98,8 @@ class Trainer:
             "eval_data": _data_digest(held_out),
             "chat": chat,
         }
-        self.replay = Replay(model, mend.weights, keep=config.prefix_cache == "memory")
-        self.eval_replay = Replay(model, mend.weights, keep=True)
+        self.replay = mend.replay(model, keep=config.prefix_cache == "memory")
+        self.eval_replay = mend.replay(model, keep=True)
         self.optimizer = EditorOptimizer(mend, config)
 
         self.output = writable_dir(output)
