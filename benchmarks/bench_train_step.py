@@ -10,7 +10,10 @@ keeps the states below the edited blocks in memory (``prefix_cache: memory``).
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import harness
 import pytest
@@ -31,7 +34,10 @@ OURS = {  # outer loss, cached, goal
     "ours, rephrase, cached": ("rephrase", True, 10.0),
     "ours, both": ("both", False, 0.0),
     "ours, both, cached": ("both", True, 0.0),
+    "ours, rephrase, no kernels": ("rephrase", False, 0.0),
+    "ours, rephrase, cached, no kernels": ("rephrase", True, 0.0),
 }
+NO_KERNELS = ", no kernels"
 RIVAL = "official order"
 
 
@@ -49,7 +55,10 @@ class Bench:
         self.sampler = Sampler(self.records, 1, EPISODES, seed=0)
         self.rivals = {RIVAL: Rival(self.dense_step)}
         for name, (outer, cached, goal) in OURS.items():
-            self.rivals[name] = Rival(self.our_step(outer, cached), goal=goal)
+            step = self.our_step(outer, cached)
+            self.rivals[name] = Rival(
+                without_kernels(step) if NO_KERNELS in name else step, goal=goal
+            )
 
     def dense_step(self) -> None:
         """Ten micro-steps and the optimiser step."""
@@ -58,7 +67,7 @@ class Bench:
             self.dense.micro_step(*map(harness.dense_batch, rows))
         self.dense.optimiser_step()
 
-    def our_step(self, outer: str, cached: bool) -> Any:
+    def our_step(self, outer: str, cached: bool) -> Callable[[], None]:
         """A call that does one step as ``Trainer`` does, each time on other episodes."""
         config = self.optimizer.config
         replay = Replay(self.model, self.mend.weights, keep=cached)
@@ -79,6 +88,16 @@ class Bench:
         return call
 
 
+def without_kernels(call: Callable[[], None]) -> Callable[[], None]:
+    """``call`` in plain torch."""
+
+    def off() -> None:
+        with mock.patch.dict(os.environ, PYMEND_KERNELS="off"):
+            call()
+
+    return off
+
+
 @pytest.fixture(scope="module")
 def bench(settings: Settings) -> Bench:
     return Bench(settings)
@@ -96,6 +115,10 @@ def main(settings: Settings) -> None:
     bench = Bench(settings)
     ceiling = Ceiling.measure(settings.quick)
     rows = harness.compare(bench.rivals, settings.rounds, ceiling, episodes=EPISODES)
+    seconds = {row["rival"]: row["seconds"] for row in rows}
+    for row in rows:
+        plain = seconds.get(f"{row['rival']}{NO_KERNELS}")
+        row["over no kernels"] = None if plain is None else plain / row["seconds"]
     where = harness.environment(bench.model_name, settings, ceiling)
     harness.report("train_step", rows, where, settings.output)
 

@@ -21,6 +21,8 @@ RIVALS = {  # by script, in the order of its table
         "ours, rephrase, cached",
         "ours, both",
         "ours, both, cached",
+        "ours, rephrase, no kernels",
+        "ours, rephrase, cached, no kernels",
     ],
     "edit": ["official order", "ours, side path", "ours, merged", "ours, Mend.edit"],
     "products": ["torch", "oneDNN"] * 12,
