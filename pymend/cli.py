@@ -1,4 +1,4 @@
-"""The command line: ``pymend train | edit | eval | demo | models``.
+"""The command line: ``pymend train | edit | eval | demo | data | models``.
 
 The flags of training are made from ``TrainConfig`` and ``MendConfig``. A preset and a ``--config``
 file are turned into flags and put before the user's own, so that later ones win and all are checked
@@ -32,6 +32,7 @@ from typing import (
 
 import yaml
 
+from pymend import cli_data
 from pymend.config import EditRequest, MendConfig, TrainConfig
 
 logger = logging.getLogger("pymend")
@@ -264,11 +265,12 @@ def _parsers() -> tuple[_Parser, argparse.ArgumentParser]:
     models = commands.add_parser("models", help="list known models and what is edited in them")
     models.set_defaults(run=_models)
     models.add_argument("names", nargs="*", metavar="NAME", help="default: all of them")
+    cli_data.add(commands, _add_machine, _model)
     return parser, train
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("model and machine")
+    group = parser.add_argument_group("model")
     group.add_argument("--model", default="smollm2", help="smollm2, a folder, or a hub name")
     group.add_argument(
         "--chat",
@@ -276,6 +278,11 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         default=False,
         help="put prompts through the model's chat template",
     )
+    _add_machine(parser)
+
+
+def _add_machine(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("machine")
     group.add_argument(
         "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16")
     )

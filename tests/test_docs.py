@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -62,10 +63,10 @@ def test_readme_example_runs(tmp_path, monkeypatch):
 
 def test_commands_and_their_flags_exist(capsys):
     found = commands("pymend")
-    assert {words[0] for words in found} == {"train", "eval", "edit", "demo"}
+    assert {words[0] for words in found} == {"train", "eval", "edit", "demo", "data"}
     for words in found:
         with pytest.raises(SystemExit) as stop:
-            cli.main([words[0], "--help"])
+            cli.main([*takewhile(lambda word: word[0] not in "-[", words), "--help"])
         assert stop.value.code == 0
         known = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
         given = {flag for word in words for flag in re.findall(r"^\[?(--[\w-]+)", word)}

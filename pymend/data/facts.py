@@ -11,16 +11,16 @@ by hashes and are the same on every machine and Python version.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from typing import Literal, get_args
 
 from pymend.config import EditRequest, Probe
+from pymend.data.choices import hashed, pick
 
 Split = Literal["train", "validation", "test"]
 
@@ -53,27 +53,43 @@ def load_relations() -> tuple[Relation, ...]:
     )
 
 
-def _hash(*key: object) -> int:
-    """A number that depends on the key's text only, unlike ``hash()``."""
-    text = "\n".join(map(str, key))
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
-
-
-def _pick(candidates: Iterable[str], count: int, *key: object) -> list[str]:
-    """``count`` distinct candidates (fewer if there are fewer), chosen by hash."""
-    return sorted(candidates, key=lambda c: _hash(*key, c))[:count]
-
-
 def split_of(subject: str) -> Split:
     """The split of a subject: 80 % train, 10 % validation, 10 % test."""
-    bucket = _hash("split", SPLIT_SALT, subject) % 10
+    bucket = hashed("split", SPLIT_SALT, subject) % 10
     return "train" if bucket < 8 else "validation" if bucket == 8 else "test"
+
+
+@cache
+def _truths() -> Mapping[str, set[str]]:
+    """All true objects of every subject, whatever the relation."""
+    truths: dict[str, set[str]] = defaultdict(set)
+    for relation in load_relations():
+        for subject, truth in relation.facts.items():
+            truths[subject].add(truth)
+    return truths
+
+
+def wrong_objects(relation: Relation, subject: str) -> set[str]:
+    """The relation's objects without the true ones of ``subject``, its other relations' too."""
+    return set(relation.facts.values()) - _truths()[subject]
 
 
 def load_facts(
     split: Split = "train", *, near: int = 2, far: int = 2, seed: int = 0
 ) -> list[EditRequest]:
-    """One edit request for each fact of a split.
+    """One edit request for each fact of a split, as :func:`fact_requests` makes them."""
+    return [request for _, request in fact_requests(split, near=near, far=far, seed=seed)]
+
+
+def fact_requests(
+    split: Split = "train",
+    *,
+    near: int = 2,
+    far: int = 2,
+    seed: int = 0,
+    patterns: Callable[[Relation], Sequence[str]] = lambda relation: relation.patterns,
+) -> list[tuple[Relation, EditRequest]]:
+    """One edit request for each fact of a split, with its relation.
 
     Of the relation's patterns one gives the prompt, all others give the rephrases. The target is
     a wrong object of the same relation, never a true object of the subject. Locality prompts carry
@@ -86,6 +102,7 @@ def load_facts(
         near: locality prompts of the same relation.
         far: locality prompts of other relations, each of a different one.
         seed: another seed picks other patterns, targets and locality prompts. The split stays.
+        patterns: the wordings of a relation, each with one ``{}`` for the subject.
 
     Raises:
         ValueError: an unknown split, or a negative count.
@@ -96,10 +113,6 @@ def load_facts(
         raise ValueError(f"near is {near} and far is {far}; neither may be negative")
 
     relations = {r.name: r for r in load_relations()}
-    truths: dict[str, set[str]] = defaultdict(set)
-    for relation in relations.values():
-        for subject, truth in relation.facts.items():
-            truths[subject].add(truth)
     members = {
         name: [s for s in relation.facts if split_of(s) == split]
         for name, relation in relations.items()
@@ -107,30 +120,29 @@ def load_facts(
 
     def request(relation: Relation, subject: str) -> EditRequest:
         key = (seed, relation.name, subject)
-        wrong = set(relation.facts.values()) - truths[subject]
-        [target] = _pick(wrong, 1, "target", *key)
-        [pattern] = _pick(relation.patterns, 1, "pattern", *key)
+        [target] = pick(wrong_objects(relation, subject), 1, "target", *key)
+        [pattern] = pick(patterns(relation), 1, "pattern", *key)
 
         def probes(other: Relation, count: int) -> list[Probe]:
             allowed = [s for s in members[other.name] if s != subject and other.facts[s] != target]
             return [
                 Probe(pattern.format(s), other.facts[s])
-                for s in _pick(allowed, count, "locality", *key)
-                for pattern in _pick(other.patterns, 1, "locality", *key, s)
+                for s in pick(allowed, count, "locality", *key)
+                for pattern in pick(patterns(other), 1, "locality", *key, s)
             ]
 
         locality = probes(relation, near)
-        for name in _pick(relations.keys() - {relation.name}, far, "far", *key):
+        for name in pick(relations.keys() - {relation.name}, far, "far", *key):
             locality += probes(relations[name], 1)
         return EditRequest(
             prompt=pattern.format(subject),
             target=target,
             ground_truth=relation.facts[subject],
             subject=subject,
-            rephrases=tuple(p.format(subject) for p in relation.patterns if p != pattern),
+            rephrases=tuple(p.format(subject) for p in patterns(relation) if p != pattern),
             locality=tuple(locality),
         )
 
     facts = [(name, subject) for name, subjects in members.items() for subject in subjects]
-    facts.sort(key=lambda fact: _hash("order", *fact))
-    return [request(relations[name], subject) for name, subject in facts]
+    facts.sort(key=lambda fact: hashed("order", *fact))
+    return [(relations[name], request(relations[name], subject)) for name, subject in facts]

@@ -1,7 +1,8 @@
 """Edit requests from files: CounterFact, zsRE, KnowEdit and our own JSONL.
 
-A file is a JSON array of objects, or JSONL (one object per line). Its format is recognised by the
-fields of its first record and written to the log. White space around texts is removed.
+A file is a JSON array of objects, JSONL (one object per line), or a Parquet table. Its format is
+recognised by the fields of its first record and written to the log. White space around texts is
+removed.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from typing import Any
 
 from pymend.config import EditRequest, Probe
 from pymend.data.facts import Split, load_facts
-from pymend.files import replacing
+from pymend.files import cache_dir, replacing
 
 logger = logging.getLogger("pymend")
 
 
 @dataclass(frozen=True)
-class _Row:
-    """One JSON object of a file. ``where`` names the file and the place in it, for errors."""
+class RawRow:
+    """One object of a file. ``where`` names the file and the place in it, for errors."""
 
     where: str
     values: dict[str, Any]
@@ -50,19 +51,19 @@ class _Row:
         value = self.values.get(name)
         while isinstance(value, list):
             value = value[0] if value else None
-        return _Row(self.where, {name: value}).optional(name)
+        return RawRow(self.where, {name: value}).optional(name)
 
     def texts(self, name: str) -> tuple[str, ...]:
         """A list of texts; empty when the field is absent."""
         items = enumerate(self._list(name))
-        return tuple(_Row(self.where, {f"{name}[{i}]": v}).text(f"{name}[{i}]") for i, v in items)
+        return tuple(RawRow(self.where, {f"{name}[{i}]": v}).text(f"{name}[{i}]") for i, v in items)
 
-    def rows(self, name: str) -> list[_Row]:
+    def rows(self, name: str) -> list[RawRow]:
         """A list of JSON objects; empty when the field is absent."""
         items = enumerate(self._list(name))
         return [_row(f"{self.where}, {name}[{i}]", value) for i, value in items]
 
-    def groups(self, name: str) -> list[_Row]:
+    def groups(self, name: str) -> list[RawRow]:
         """The objects of an object of named lists, one list after the other."""
         value = self.values.get(name)
         if value is None:
@@ -79,13 +80,13 @@ class _Row:
         return value
 
 
-def _row(where: str, value: Any) -> _Row:
+def _row(where: str, value: Any) -> RawRow:
     if not isinstance(value, dict):
         raise ValueError(f"{where}: must be a JSON object, got {value!r}")
-    return _Row(where, value)
+    return RawRow(where, value)
 
 
-def _only(row: _Row, cls: type) -> None:
+def _only(row: RawRow, cls: type) -> None:
     """Refuse fields that ``cls`` does not have: a misspelt one would be lost silently."""
     known = [f.name for f in fields(cls)]
     for name in row.values:
@@ -96,7 +97,7 @@ def _only(row: _Row, cls: type) -> None:
             )
 
 
-def _own(row: _Row) -> EditRequest:
+def _own(row: RawRow) -> EditRequest:
     def probes(name: str) -> tuple[Probe, ...]:
         rows = row.rows(name)
         for r in rows:
@@ -115,7 +116,7 @@ def _own(row: _Row) -> EditRequest:
     )
 
 
-def _counterfact(row: _Row) -> EditRequest:
+def _counterfact(row: RawRow) -> EditRequest:
     return EditRequest(
         prompt=row.text("prompt"),
         target=row.text("target_new"),
@@ -126,24 +127,28 @@ def _counterfact(row: _Row) -> EditRequest:
     )
 
 
-def _zsre(row: _Row) -> EditRequest | None:
+def as_question(text: str) -> str:
+    """A question as NQ has it, written like one: a capital in front, a question mark behind."""
+    text = text.removeprefix("nq question: ")
+    return text[:1].upper() + text[1:].rstrip("?") + "?"
+
+
+def zsre_request(row: RawRow) -> EditRequest | None:
     """None for a row without an alternative answer, which MEND leaves out too."""
     target = row.optional("alt")
     if target is None:
         return None
-    question = row.text("loc").removeprefix("nq question: ")
-    question = question[:1].upper() + question[1:].rstrip("?") + "?"
     return EditRequest(
         prompt=row.text("src"),
         target=target,
         ground_truth=row.answer("answers"),
         subject=row.text("subject"),
         rephrases=(row.text("rephrase"),),
-        locality=(Probe(question, row.text("loc_ans")),),
+        locality=(Probe(as_question(row.text("loc")), row.text("loc_ans")),),
     )
 
 
-def _knowedit(row: _Row) -> EditRequest:
+def _knowedit(row: RawRow) -> EditRequest:
     """Probes without an answer are kept in locality and mean nothing in portability."""
 
     def probes(name: str) -> tuple[Probe, ...]:
@@ -165,18 +170,18 @@ def _knowedit(row: _Row) -> EditRequest:
 class _Format:
     name: str
     marks: tuple[str, ...]  # the fields it is recognised by
-    read: Callable[[_Row], EditRequest | None]
+    read: Callable[[RawRow], EditRequest | None]
 
 
 _FORMATS = (
     _Format("pymend JSONL", ("prompt", "target"), _own),
     _Format("CounterFact (EasyEdit)", ("prompt", "target_new", "locality_prompt"), _counterfact),
-    _Format("zsRE (MEND)", ("src", "alt", "loc"), _zsre),
+    _Format("zsRE (MEND)", ("src", "alt", "loc"), zsre_request),
     _Format("KnowEdit", ("prompt", "target_new", "locality"), _knowedit),
 )
 
 
-def _recognise(row: _Row) -> _Format:
+def _recognise(row: RawRow) -> _Format:
     for format_ in _FORMATS:
         if all(mark in row.values for mark in format_.marks):
             return format_
@@ -187,9 +192,14 @@ def _recognise(row: _Row) -> _Format:
     )
 
 
-def _read_rows(path: Path) -> Iterator[_Row]:
+def read_text(path: Path) -> str:
+    """What a file says.
+
+    Raises:
+        ValueError: no such file, a folder, or not UTF-8.
+    """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise ValueError(
             f"{path}: no such file; check the path, or use 'facts' for the built-in set"
@@ -199,6 +209,17 @@ def _read_rows(path: Path) -> Iterator[_Row]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: is not UTF-8 text ({error}); convert it") from None
 
+
+def read_rows(path: Path) -> Iterator[RawRow]:
+    """The objects of a JSON array, a JSONL file or a Parquet table.
+
+    Raises:
+        ValueError: a file that cannot be read; the message names it and the line, if there is one.
+    """
+    if path.suffix == ".parquet":
+        yield from _read_table(path)
+        return
+    text = read_text(path)
     if text.lstrip().startswith("["):
         try:
             values = json.loads(text)
@@ -223,6 +244,20 @@ def _read_rows(path: Path) -> Iterator[_Row]:
         yield _row(f"{path}, line {number}", value)
 
 
+def _read_table(path: Path) -> Iterator[RawRow]:
+    """The rows of a Parquet table, the form that data sets have on the hub."""
+    import datasets
+
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; check the path")
+    try:
+        table = datasets.Dataset.from_parquet(str(path), cache_dir=str(cache_dir() / "datasets"))
+    except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        raise ValueError(f"{path}: is no Parquet table ({error})") from error
+    for index, values in enumerate(table):
+        yield RawRow(f"{path}, record index {index}", values)
+
+
 def load_records(source: str | Path, split: Split = "train") -> list[EditRequest]:
     """The edit requests of the built-in fact set or of a file.
 
@@ -240,7 +275,7 @@ def load_records(source: str | Path, split: Split = "train") -> list[EditRequest
         logger.info("built-in facts, %s split: %d records", split, len(records))
         return records
     path = Path(source)
-    rows = list(_read_rows(path))
+    rows = list(read_rows(path))
     if not rows:
         raise ValueError(f"{path}: holds no records; write at least one")
     format_ = _recognise(rows[0])
@@ -274,7 +309,7 @@ def without_overlap(
     ]
     logger.info(
         "dropped %d of %d training records that share a prompt, subject or locality prompt with "
-        "the validation file",
+        "held-out ones",
         len(train) - len(kept),
         len(train),
     )

@@ -1,0 +1,128 @@
+"""Continuations sampled from a language model, each from a random stream of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import LogitsProcessor
+
+from pymend.models import frozen
+from pymend.tokens import Encoder
+
+TOGETHER = 32  # prompts in one pass
+ATTEMPTS = 8  # samples that may fail to read back before a prompt is given up
+
+
+@torch.no_grad()
+def continuations(
+    model: Any,
+    encoder: Encoder,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    tokens: int,
+    progress: bool = True,
+) -> list[str | None]:
+    """A continuation of every prompt by ``tokens`` tokens, sampled at temperature 1.
+
+    It starts a new word, has no special tokens, and reads back: joined to the prompt as any target
+    is, it has the tokens that were sampled. What does not is drawn again; None after some attempts.
+
+    Args:
+        model: a decoder-only language model.
+        seeds: one for each prompt, of its own random stream.
+
+    Raises:
+        ValueError: a prompt that leaves no room for the continuation.
+    """
+    width = model.get_output_embeddings().weight.shape[0]
+    ordinary, starts = _vocabulary(encoder.tokenizer, width)
+    rows = [encoder.row(prompt).ids for prompt in prompts]
+    for prompt, row in zip(prompts, rows, strict=True):
+        if encoder.limit and len(row) + tokens > encoder.limit:
+            raise ValueError(
+                f"a prompt of {len(row)} tokens and {tokens} sampled ones exceed the model's "
+                f"context of {encoder.limit}; shorten {prompt[:60]!r}"
+            )
+    streams = [torch.Generator().manual_seed(seed % 2**63) for seed in seeds]
+    found: list[str | None] = [None] * len(prompts)
+    by_length = sorted(range(len(prompts)), key=lambda i: len(rows[i]))  # little padding
+    bar = tqdm(total=len(prompts), desc="sample", disable=not progress)
+    with frozen(model), bar:
+        for attempt in range(ATTEMPTS):
+            waiting = [i for i in by_length if found[i] is None]
+            for start in range(0, len(waiting), TOGETHER):
+                batch = waiting[start : start + TOGETHER]
+                draws = torch.stack(
+                    [torch.rand(tokens, generator=streams[i], dtype=torch.float64) for i in batch]
+                )
+                new = _generate(model, [rows[i] for i in batch], _Choice(draws, ordinary, starts))
+                for i, ids in zip(batch, new, strict=True):
+                    found[i] = _read_back(encoder, prompts[i], rows[i], ids)
+                    bar.update(found[i] is not None or attempt == ATTEMPTS - 1)
+    return found
+
+
+class _Choice(LogitsProcessor):
+    """Leaves of all tokens the one that a random number of the step points at.
+
+    Args:
+        draws: numbers in [0, 1), [rows, tokens] float64.
+        ordinary: which tokens may be chosen, [vocabulary] bool.
+        starts: which of them may be chosen first.
+    """
+
+    def __init__(self, draws: Tensor, ordinary: Tensor, starts: Tensor) -> None:
+        self.draws, self.ordinary, self.starts = draws, ordinary, starts
+        self.step = 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+        logits = scores.double().cpu()
+        allowed = self.ordinary if self.step else self.starts
+        share = logits.masked_fill(~allowed, -torch.inf).softmax(1).cumsum(1)
+        # Scaled by the sum, which rounding leaves a little off 1.
+        place = self.draws[:, self.step, None] * share[:, -1:]
+        token = torch.searchsorted(share, place, right=True)
+        self.step += 1
+        return torch.full_like(scores, -torch.inf).scatter(1, token.to(scores.device), 0)
+
+
+def _generate(model: Any, rows: Sequence[Sequence[int]], choice: _Choice) -> list[list[int]]:
+    """The tokens that ``choice`` makes the model put behind each row."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[*[0] * (width - len(r)), *r] for r in rows], device=model.device)
+    length = torch.tensor([[len(r)] for r in rows], device=model.device)
+    mask = (torch.arange(width, device=model.device) >= width - length).long()
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        do_sample=False,
+        max_new_tokens=choice.draws.shape[1],
+        pad_token_id=0,
+        logits_processor=[choice],
+    )
+    return out[:, width:].tolist()
+
+
+def _read_back(encoder: Encoder, prompt: str, ids: Sequence[int], new: Sequence[int]) -> str | None:
+    """The text of ``new``, if behind the prompt it is these tokens."""
+    text = encoder.text(torch.tensor(new)).strip()
+    if not text:
+        return None
+    return text if encoder.row(prompt, text).ids == (*ids, *new) else None
+
+
+def _vocabulary(tokenizer: Any, width: int) -> tuple[Tensor, Tensor]:
+    """Which of ``width`` tokens are ordinary, and which of these start a new word, [width] bool."""
+    word = tokenizer("a", add_special_tokens=False).input_ids[-1]
+    before = tokenizer.decode([word])
+    pairs = tokenizer.batch_decode([[word, i] for i in range(min(width, len(tokenizer)))])
+    special = set(tokenizer.all_special_ids)
+    ordinary, starts = torch.zeros(2, width, dtype=torch.bool)
+    for i, text in enumerate(pairs):
+        ordinary[i] = i not in special
+        starts[i] = i not in special and text.startswith(f"{before} ") and text != f"{before} "
+    return ordinary, starts
