@@ -63,7 +63,7 @@ def test_readme_example_runs(tmp_path, monkeypatch):
 
 def test_commands_and_their_flags_exist(capsys):
     found = commands("pymend")
-    assert {words[0] for words in found} == {"train", "eval", "edit", "demo", "data"}
+    assert {words[0] for words in found} == {"train", "eval", "edit", "demo", "data", "models"}
     for words in found:
         with pytest.raises(SystemExit) as stop:
             cli.main([*takewhile(lambda word: word[0] not in "-[", words), "--help"])
