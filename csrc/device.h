@@ -20,6 +20,30 @@ void launch(void (*kernel)(Parameters...), int64_t grid, int block, size_t share
   kernel<<<static_cast<unsigned>(grid), block, shared, stream>>>(arguments...);
 }
 
+// Launches a grid whose blocks all run at once, or fails: they may meet in sync_grid().
+template <typename Operands>
+void launch_together(void (*kernel)(Operands), int64_t grid, int block, size_t shared, Stream stream,
+                     Operands operands) {
+  void* arguments[] = {&operands};
+  const auto* entry = reinterpret_cast<const void*>(kernel);
+  cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+  cudaLaunchCooperativeKernel(entry, static_cast<unsigned>(grid), block, arguments, shared, stream);
+}
+
+// Holds every thread until all of the grid have come, then shows each what the others wrote before. All threads must
+// call it. `arrived`: global, 0 before the launch; it only grows, so that no block can miss a turn.
+__device__ __forceinline__ void sync_grid(unsigned* arrived) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();  // what this block wrote, before its arrival
+    const unsigned all = (atomicAdd(arrived, 1u) / gridDim.x + 1) * gridDim.x;
+    while (*static_cast<volatile unsigned*>(arrived) < all) {
+    }
+    __threadfence();  // what the others wrote, after theirs
+  }
+  __syncthreads();
+}
+
 // Tensor cores: c += a b^T for a [16, 16], b [8, 16] of bfloat16 pairs along k, c [16, 8] of float. With g = lane / 4 and
 // t = lane % 4 a lane holds a: (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8); b: (g, 2t), (g, 2t + 8); c: (g, 2t),
 // (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1). All lanes of the warp must call it.
@@ -46,6 +70,22 @@ namespace pymend {
 
 constexpr int WARP = 32;
 constexpr unsigned ALL_LANES = 0xFFFFFFFFu;
+
+// 16 bytes, the widest that a thread loads at once.
+template <typename T>
+struct alignas(16) Four {
+  T of[4];
+};
+
+// 16 aligned bytes that nobody reads again: they need not push others out of the caches.
+__device__ __forceinline__ Four<uint32_t> load_once(const void* from) {
+#ifdef __CUDACC__
+  const uint4 words = __ldcs(static_cast<const uint4*>(from));
+  return {{words.x, words.y, words.z, words.w}};
+#else
+  return *static_cast<const Four<uint32_t>*>(from);
+#endif
+}
 
 // Sum over a block of BLOCK threads, in an order that depends on BLOCK alone; every thread gets it.
 // All threads of the block must call it. `scratch`: shared, one double per warp, free for reuse on return.

@@ -34,6 +34,7 @@ class Fault:
 
 
 RANK_UPDATE = "kernels/rank_update.cuh"
+EDITOR_STREAM = "kernels/editor_stream.cuh"
 FAULTS = {
     "missing barrier": Fault(
         "rank_update",
@@ -47,8 +48,32 @@ FAULTS = {
     "wrong fragment index": Fault(
         "rank_update", RANK_UPDATE, "warp_col + i / 2 * 8 + g", "warp_col + i / 2 * 8 + t"
     ),
+    "missing barrier of the grid": Fault(
+        "editor_stream",
+        EDITOR_STREAM,
+        "    sync_grid(m.arrived);  // all partial sums are there\n",
+        "    __syncthreads();\n",
+    ),
 }
 MORE_FAULTS = {
+    "next product before this one is added up": Fault(
+        "editor_stream",
+        EDITOR_STREAM,
+        "if (turn + 1 < 2 * STREAM_LAYERS) sync_grid(m.arrived);",
+        "",
+    ),
+    "slice overwritten while it is read": Fault(
+        "editor_stream",
+        EDITOR_STREAM,
+        "    __syncthreads();  // the previous slice has been read\n",
+        "",
+    ),
+    "a unit left out": Fault(
+        "editor_stream",
+        EDITOR_STREAM,
+        "units * (blockIdx.x + 1) / gridDim.x",
+        "units / gridDim.x * (blockIdx.x + 1)",
+    ),
     "stage read before it is whole": Fault(
         "rank_update",
         RANK_UPDATE,

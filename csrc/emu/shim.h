@@ -1,4 +1,5 @@
-// Host emulation of the part of CUDA that our kernels use: one fiber per thread, one block at a time.
+// Host emulation of the part of CUDA that our kernels use: one fiber per thread; one block at a time, or all blocks at
+// once where they meet in sync_grid().
 //
 // A barrier is a switch to the scheduler; blocks and threads run in the order that a Schedule gives; shared memory
 // starts as NaN bits. It shows faults of logic: missing or divergent barriers, index errors (with AddressSanitizer),
@@ -15,7 +16,9 @@
 #define __device__
 #define __forceinline__ inline
 #define __grid_constant__
+#define __launch_bounds__(threads)
 #define __syncthreads() pymend::emu::sync_block(__LINE__)
+#define sync_grid(arrived) (static_cast<void>(arrived), pymend::emu::sync_all(__LINE__))
 #define mma_bf16(c, a, b) pymend::emu::mma(c, a, b, __LINE__)
 #define __shfl_xor_sync(mask, value, lanes) pymend::emu::shuffle_xor(mask, value, lanes, __LINE__)
 
@@ -23,7 +26,7 @@ struct Dim3 {
   unsigned x = 0, y = 0, z = 0;
 };
 // Of the running fiber; the scheduler sets them before it switches.
-inline Dim3 threadIdx, blockIdx;
+inline Dim3 threadIdx, blockIdx, gridDim;
 
 namespace pymend {
 namespace emu {
@@ -34,7 +37,8 @@ struct Schedule {
   uint64_t seed = 0;  // of `random`
 };
 
-// Ends a fiber's turn until all threads of its block (of its warp) have come to the same line.
+// Ends a fiber's turn until all threads of its grid (of its block, of its warp) have come to the same line.
+void sync_all(int line);
 void sync_block(int line);
 void sync_warp(int line);
 
@@ -44,9 +48,10 @@ void* shared_memory();
 // One tensor-core product of a warp, as device.h describes it; sums run in float, k upwards.
 void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], int line);
 
-// Runs body() once per thread of every block. Throws std::runtime_error where threads of a block part ways at a
-// barrier.
-void run(int64_t grid, int block, size_t shared, const Schedule& schedule, const std::function<void()>& body);
+// Runs body() once per thread of every block; `together`: of all blocks at once. Throws std::runtime_error where
+// threads part ways at a barrier.
+void run(int64_t grid, int block, size_t shared, const Schedule& schedule, bool together,
+         const std::function<void()>& body);
 
 template <typename T>
 T shuffle_xor(unsigned mask, T value, int lanes, int line) {
@@ -66,7 +71,13 @@ using Stream = const emu::Schedule*;
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), int64_t grid, int block, size_t shared, Stream stream,
             const Arguments&... arguments) {
-  emu::run(grid, block, shared, *stream, [&] { kernel(arguments...); });
+  emu::run(grid, block, shared, *stream, false, [&] { kernel(arguments...); });
+}
+
+template <typename Operands>
+void launch_together(void (*kernel)(Operands), int64_t grid, int block, size_t shared, Stream stream,
+                     Operands operands) {
+  emu::run(grid, block, shared, *stream, true, [&] { kernel(operands); });
 }
 
 template <typename T>

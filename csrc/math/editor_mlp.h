@@ -3,7 +3,7 @@
 //   z = p + bias,   pre = scale[mode] * z + shift[mode],   y = x + max(pre, 0)
 //
 // Without scale and shift pre = z. The derivative of max(pre, 0) at 0 is 1: at the identity start pre is 0 everywhere.
-// The backward pass recomputes pre, so files that include this are compiled without contraction to multiply-adds.
+// The backward pass recomputes pre, so files of editor_mlp are compiled without contraction to multiply-adds.
 #pragma once
 
 #include "math/rounding.h"

@@ -6,6 +6,7 @@
 // layout is settled when the operands are gathered, and no code below knows of it.
 #pragma once
 
+#include "math/ceil_div.h"
 #include "math/rounding.h"
 
 namespace pymend {
@@ -70,8 +71,6 @@ struct RankUpdateList {
     return i;
   }
 };
-
-PYMEND_INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Appends a matrix cut into tiles of tile_rows x tile_cols. The caller keeps count below MAX_MATRICES.
 template <typename T>

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from pymend.config import MendConfig
 from pymend.editor.moments import RunningMoments
-from pymend.ops.apply_edit import Group, Layer
-from pymend.ops.editor_mlp import editor_mlp
+from pymend.ops.apply_edit import Group
+from pymend.ops.editor_stream import Layer, editor_stream
 from pymend.ops.moments import joined
 
 
@@ -39,9 +39,9 @@ class LowRankLayer(nn.Module):
         else:
             nn.init.normal_(self.v)
 
-    def forward(self, x: Tensor, mode: Tensor) -> Tensor:
-        """x [n, d], mode [n] int64 -> [n, d]."""
-        return editor_mlp(x, self.v, self.u, self.bias, self.scale, self.shift, mode, self.residual)
+    def operands(self) -> Layer:
+        """The parameters, as the ops take them."""
+        return Layer(self.v, self.u, self.bias, self.scale, self.shift, self.residual)
 
     def plain(self) -> Layer:
         """The same as detached tensors, which share this layer's memory."""
@@ -139,6 +139,5 @@ def _plain(layers: nn.ModuleList | None) -> tuple[Layer, ...]:
 
 
 def _through(layers: nn.ModuleList, z: Tensor, mode: Tensor) -> Tensor:
-    for layer in layers:
-        z = layer(z, mode)
-    return z
+    """z [n, d], mode [n] int64 -> [n, d]."""
+    return editor_stream(z, [cast(LowRankLayer, layer).operands() for layer in layers], mode)

@@ -1,7 +1,7 @@
 """apply_edit: captured rows in, edited weights out: moments, editor and update of all weights.
 
-A composition of the ops ``moments``, ``editor_mlp`` and ``rank_update``, with no kernel of its own.
-The weights of one shape form a group, whose rows pass the editor together; one ``rank_update``
+A composition of the ops ``moments``, ``editor_stream`` and ``rank_update``, with no kernel of its
+own. The weights of one shape form a group, whose rows pass the editor together; one ``rank_update``
 then writes all weights. ``unchecked`` never waits for the device, so it can be captured in a CUDA
 graph; ``EditGraph`` does that, once for every bucket of rows.
 """
@@ -16,22 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pymend.ops import editor_mlp, rank_update
+from pymend.ops import editor_mlp, editor_stream, rank_update
+from pymend.ops.editor_stream import Layer
 from pymend.ops.moments import live_rows, moments
 
 ROW_BUCKETS = (8, 16, 32, 64, 128, 256, 512, 1024)  # rows of a weight, padded by dead ones
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One layer of an editor network; the tensors are those of ``editor_mlp``."""
-
-    v: Tensor
-    u: Tensor
-    bias: Tensor
-    scale: Tensor | None
-    shift: Tensor | None
-    residual: bool
 
 
 @dataclass(frozen=True)
@@ -356,19 +345,13 @@ def _transform(
         state = (group.mean, group.m2, group.count)
         # Nothing is merged, so the rows of several weights may pass as one segment.
         z = moments([r.u], [r.delta], [len(r.u)], *state, merge=False, dtype=wide)
-        z = _through(group.joint, z.to(group.dtype), r.mode)
+        z = editor_stream.unchecked(z.to(group.dtype), group.joint, r.mode)
         u, delta = z.split([r.u.shape[1], r.delta.shape[1]], 1)
-        u = _through(group.u_side, u, r.mode)
-        delta = _through(group.delta_side, delta, r.mode)
+        u = editor_stream.unchecked(u, group.u_side, r.mode)
+        delta = editor_stream.unchecked(delta, group.delta_side, r.mode)
         live, zero = live_rows(r.u, r.delta).unsqueeze(1), z.new_zeros(())
         transformed.append(replace(r, u=u.where(live, zero), delta=delta.where(live, zero)))
     return _by_weight(groups, transformed, weights)
-
-
-def _through(layers: Sequence[Layer], z: Tensor, mode: Tensor) -> Tensor:
-    for x in layers:
-        z = editor_mlp.unchecked(z, x.v, x.u, x.bias, x.scale, x.shift, mode, x.residual)
-    return z
 
 
 def _by_weight(
@@ -443,6 +426,4 @@ def _check_groups(
                     raise ValueError(
                         f"modes of {name} runs from {low} to {high}, scale has {len(layer.scale)}"
                     )
-                editor_mlp.check_operands(
-                    part, layer.v, layer.u, layer.bias, layer.scale, layer.shift, group.modes[:0]
-                )
+                editor_mlp.check_operands(part, *layer.tensors(), group.modes[:0])
