@@ -51,7 +51,9 @@ RIVALS = {  # by script, in the order of its table
         for rival in ("official", "lean torch", "ours, dense", "ours, fused")
     ],
     "token_losses": ["torch", "ours", "copy"] * 2,  # passes
-    "rank_update": ["torch addmm_", "ours", "copy"] * 9,  # three dtypes, three numbers of rows
+    # Three dtypes, three numbers of rows.
+    "rank_update": ["torch addmm_", "ours", "copy"] * 6
+    + ["official order", "lean dense", "torch addmm_", "ours", "copy"] * 3,
     "side_path": ["dense", "ours", "no edit"] * 6,
 }
 # Scripts or rivals without a product of matrices.

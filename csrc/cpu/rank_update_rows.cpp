@@ -54,15 +54,21 @@ PYMEND_INLINE void product(const RankUpdate<T>& m, const int64_t* rows, int64_t 
 template <bool RANDOM, typename T>
 PYMEND_INLINE Kept round_row(T* weight, const float* sum, RowsStep how, int width, uint64_t seed, int64_t position) {
   float along = 0, wanted2 = 0;  // of at most SPAN terms: as good as double, and twice as fast
+  const float scaled_step = how.step * how.scale;
 #pragma omp simd reduction(+ : along, wanted2)
   for (int j = 0; j < width; ++j) {
-    const float wanted = how.step * sum[j];
-    const float applied = update_element<RANDOM>(weight[j], wanted, seed, position + j);
-    const float scaled = wanted * how.scale;
-    along += applied * how.scale * scaled;
+    const float scaled = scaled_step * sum[j];
+    along += update_element<RANDOM>(weight[j], how.step * sum[j], seed, position + j) * scaled;
     wanted2 += scaled * scaled;
   }
-  return {along, wanted2};
+  return {along * static_cast<double>(how.scale), wanted2};
+}
+
+// Calls for the weights that follow the product, so that they come from memory while it is formed.
+template <typename T>
+PYMEND_INLINE void fetch(const T* weight, int width) {
+  constexpr int LINE = 64 / sizeof(T);
+  for (int j = 0; j < width; j += LINE) __builtin_prefetch(weight + j, 1);
 }
 
 template <bool RANDOM, typename T>
@@ -73,7 +79,10 @@ PYMEND_INLINE Kept update(const RankUpdate<T>& m, RowsStep how, int64_t begin, i
     const int width = static_cast<int>(m.cols - col < SPAN ? m.cols - col : SPAN);
     for (int64_t row = begin; row < end; row += ROWS) {
       int64_t rows[ROWS];  // past the end: the last one again, computed and not used
-      for (int r = 0; r < ROWS; ++r) rows[r] = row + r < end ? row + r : end - 1;
+      for (int r = 0; r < ROWS; ++r) {
+        rows[r] = row + r < end ? row + r : end - 1;
+        fetch(m.weight + rows[r] * m.cols + col, width);
+      }
       product(m, rows, col, width, sum);
       for (int r = 0; r < ROWS && row + r < end; ++r) {
         const int64_t position = (row + r) * m.cols + col;
