@@ -31,12 +31,21 @@ check() {
     say "$torch: skipped, pip could not install it: $(grep ERROR "$work/pip.log" | tail -n 1)"
     return
   fi
-  "$python" -m pip install --quiet --disable-pip-version-check -c "$work/pins.txt" "${wheels[0]}" \
+  # Pinned, or pip would rather take another torch than say that a requirement does not go with this one.
+  local installed
+  installed=$("$python" -c 'from importlib.metadata import version; print(version("torch"))')
+  echo "torch==$installed" | cat "$work/pins.txt" - >"$work/pins-here.txt"
+  "$python" -m pip install --quiet --disable-pip-version-check -c "$work/pins-here.txt" "${wheels[0]}" \
     pytest hypothesis abi3audit || fail "$torch: pip could not install the wheel"
   cd "$work"
-  "$python" -c 'import pymend._lib as lib, sys, torch
+  "$python" - "$installed" <<'CODE'
+import importlib.metadata, sys, torch
+import pymend._lib as lib
+
 assert lib.__file__.startswith(sys.prefix), lib.__file__
-print("wheel-check: torch", torch.__version__, "with", lib.build_info())'
+assert importlib.metadata.version("torch") == sys.argv[1], (torch.__version__, sys.argv[1])
+print("wheel-check: torch", torch.__version__, "with", lib.build_info())
+CODE
   PYMEND_REQUIRE_KERNELS=1 "$python" -m pytest -q -p no:cacheprovider "${TESTS[@]}" -k "$CHOICE" ||
     fail "$torch: the tests above failed"
   cd - >/dev/null
