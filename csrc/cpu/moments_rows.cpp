@@ -13,28 +13,65 @@ struct Moments {
   double m2[SPAN];
 };
 
+constexpr int LANES = 8;   // doubles side by side: one register of AVX-512, two of AVX2
+constexpr int BUNDLE = 2;  // of them: chains of additions that hide each other's latency
+typedef double Lanes __attribute__((vector_size(LANES * sizeof(double)), aligned(sizeof(double)), may_alias));
+template <typename T>
+struct Wide {
+  typedef T Type __attribute__((vector_size(LANES * sizeof(T)), aligned(sizeof(T)), may_alias));
+};
+
+// Into `to`: how a vector is returned depends on the instruction set.
+template <typename T>
+PYMEND_INLINE void load(const T* from, Lanes& to) {
+  to = __builtin_convertvector(*reinterpret_cast<const typename Wide<T>::Type*>(from), Lanes);
+}
+
+// Sums of columns [j, j + BUNDLE * LANES) over the live rows, all of them in registers.
+template <typename T>
+PYMEND_INLINE void bundle_moments(const Column<T>& x, const uint8_t* live, int64_t rows, double kept, int j,
+                                  Moments& own) {
+  Lanes mean[BUNDLE] = {}, m2[BUNDLE] = {}, value;
+  for (int64_t r = 0; r < rows; ++r) {
+    if (!live[r]) continue;
+    for (int i = 0; i < BUNDLE; ++i) {
+      load(x.at + r * x.step + j + i * LANES, value);
+      mean[i] += value;
+    }
+  }
+  for (int i = 0; i < BUNDLE; ++i) mean[i] /= kept;
+  for (int64_t r = 0; r < rows; ++r) {
+    if (!live[r]) continue;
+    for (int i = 0; i < BUNDLE; ++i) {
+      load(x.at + r * x.step + j + i * LANES, value);
+      value -= mean[i];
+      m2[i] += value * value;
+    }
+  }
+  for (int i = 0; i < BUNDLE; ++i) {
+    *reinterpret_cast<Lanes*>(own.mean + j + i * LANES) = mean[i];
+    *reinterpret_cast<Lanes*>(own.m2 + j + i * LANES) = m2[i];
+  }
+}
+
 // Mean and squared deviations of the `kept` live rows of one segment: two passes, since a single one loses the
 // deviations of a column whose mean is large.
 template <typename T>
 PYMEND_INLINE void moments_of(const Column<T>& x, const uint8_t* live, int64_t rows, int64_t kept, int width,
                               Moments& own) {
-  own = {};
-  for (int64_t r = 0; r < rows; ++r) {
-    if (!live[r]) continue;
-    const T* row = x.at + r * x.step;
-#pragma omp simd
-    for (int j = 0; j < width; ++j) own.mean[j] += row[j];
-  }
-#pragma omp simd
-  for (int j = 0; j < width; ++j) own.mean[j] /= static_cast<double>(kept);
-  for (int64_t r = 0; r < rows; ++r) {
-    if (!live[r]) continue;
-    const T* row = x.at + r * x.step;
-#pragma omp simd
-    for (int j = 0; j < width; ++j) {
-      const double deviation = row[j] - own.mean[j];
-      own.m2[j] += deviation * deviation;
+  const double n = static_cast<double>(kept);
+  int j = 0;
+  for (; j + BUNDLE * LANES <= width; j += BUNDLE * LANES) bundle_moments(x, live, rows, n, j, own);
+  for (; j < width; ++j) {
+    double mean = 0, m2 = 0;
+    for (int64_t r = 0; r < rows; ++r) mean += live[r] ? static_cast<double>(x.at[r * x.step + j]) : 0.0;
+    mean /= n;
+    for (int64_t r = 0; r < rows; ++r) {
+      const double deviation = live[r] ? x.at[r * x.step + j] - mean : 0.0;
+      m2 += deviation * deviation;
     }
+    own.mean[j] = mean;
+    own.m2[j] = m2;
   }
 }
 
