@@ -8,6 +8,7 @@ alike. Torch is imported by the commands, not here.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import shlex
 import shutil
@@ -15,7 +16,7 @@ import sys
 import traceback
 import warnings
 from argparse import BooleanOptionalAction
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
 from importlib import resources
 from importlib.metadata import PackageNotFoundError, version
@@ -33,7 +34,14 @@ from typing import (
 import yaml
 
 from pymend import cli_data
-from pymend.config import EditRequest, MendConfig, TrainConfig
+from pymend.config import (
+    CacheConfig,
+    EditRequest,
+    FineTuneConfig,
+    MendConfig,
+    TrainConfig,
+    from_json,
+)
 
 logger = logging.getLogger("pymend")
 
@@ -41,6 +49,13 @@ T = TypeVar("T", MendConfig, TrainConfig)
 
 HELD_OUT = 1000  # records of a training file kept for validation, at most: its last tenth
 STRENGTH = "factor of the learned step sizes; below 1: fewer edits take, less else changes"
+MEND = "mend"
+# Configuration, and what the name says about it.
+RIVALS: dict[str, tuple[type[FineTuneConfig | CacheConfig], dict[str, Any]]] = {
+    "ft": (FineTuneConfig, {}),
+    "ft+kl": (FineTuneConfig, {"kl": True}),
+    "cache": (CacheConfig, {}),
+}
 NOT_SETTINGS = ("command", "run", "config", "preset", "resume")  # of what config.yaml records
 
 HELP = {
@@ -236,9 +251,22 @@ def _parsers() -> tuple[_Parser, argparse.ArgumentParser]:
     edit.add_argument("--tokens", type=int, default=12, help="length of the answers shown")
     _add_model(edit)
 
-    evaluate = commands.add_parser("eval", help="measure a trained editor")
+    evaluate = commands.add_parser("eval", help="measure a trained editor, or a rival")
     evaluate.set_defaults(run=_eval)
-    evaluate.add_argument("--editor", required=True, metavar="DIR", help="what train wrote")
+    evaluate.add_argument("--editor", metavar="DIR", help="what train wrote; for mend")
+    evaluate.add_argument(
+        "--algorithm", default=MEND, choices=(MEND, *RIVALS), help="what computes the edits"
+    )
+    evaluate.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a setting of a rival, a field of its configuration; may be repeated",
+    )
+    evaluate.add_argument(
+        "--locality-data", metavar="FILE", help="ft+kl: training records whose locality it holds"
+    )
     evaluate.add_argument("--strength", type=float, default=1.0, help=STRENGTH)
     evaluate.add_argument("--data", required=True, help="facts (the test split), or a file")
     evaluate.add_argument("--limit", type=int, help="only the first records")
@@ -482,22 +510,78 @@ def _eval(args: argparse.Namespace) -> None:
     from pymend.data import load_records
     from pymend.evaluation import evaluate
     from pymend.files import write_json
-    from pymend.mend import Mend
     from pymend.report import metrics_table
 
     _at_least_one(args, "limit", "batch_size")
     data = load_records(args.data, split="test")[: args.limit]
     text = _text(args.ppl_text) if args.ppl_text else None
     output = _file(args.output) if args.output else None
-    mend = Mend.from_pretrained(args.editor).scale_(args.strength)
+    algorithm_for = _algorithm(args)
     model, tokenizer = _model(args)
-    metrics = evaluate(mend, model, tokenizer, data, args.batch_size, text, args.chat).to_dict()
+    algorithm = algorithm_for(model, tokenizer)
+    result = evaluate(algorithm, model, tokenizer, data, args.batch_size, text, args.chat)
+    metrics = result.to_dict()
     print(metrics_table(metrics))
     print(metrics["protocol"])
     if output:
-        source = {n: getattr(args, n) for n in ("model", "editor", "data", "strength")}
+        names = ("model", "algorithm", "editor", "data", "strength")
+        source: dict[str, Any] = {n: getattr(args, n) for n in names}
+        if args.algorithm in RIVALS:
+            source["settings"] = asdict(algorithm.config)
         write_json(output, {**metrics, "source": source})
         print(f"written to {output}")
+
+
+def _algorithm(args: argparse.Namespace) -> Callable[[Any, Any], Any]:
+    """What computes the edits, once it is given a model and its tokenizer.
+
+    Raises:
+        ValueError: a flag that the algorithm does not take or lacks, or a wrong setting.
+    """
+    from pymend.data import load_records
+    from pymend.mend import Mend
+
+    if args.algorithm == MEND:
+        if args.set or args.locality_data:
+            raise ValueError("--set and --locality-data are for rivals; leave them out")
+        if not args.editor:
+            raise ValueError("--editor is missing; name what pymend train wrote")
+        mend = Mend.from_pretrained(args.editor).scale_(args.strength)
+        return lambda _model, _tokenizer: mend
+    if args.editor or args.strength != 1:
+        raise ValueError(f"{args.algorithm} has no trained editor; leave out --editor, --strength")
+    cls, given = RIVALS[args.algorithm]
+    config = from_json(cls, given | _rival_settings(args.set, cls), "--set")
+    if isinstance(config, CacheConfig):
+        from pymend.algorithms.cache import Cache
+
+        cache = Cache(config)
+        return lambda _model, _tokenizer: cache
+    from pymend.algorithms.finetune import FineTune
+
+    if config.kl != bool(args.locality_data):
+        raise ValueError("--locality-data FILE is for ft+kl, which needs it")
+    # Built-in facts: those of training, never those that are scored.
+    records = load_records(args.locality_data, split="train") if args.locality_data else []
+    return lambda model, tokenizer: FineTune.from_config(
+        model, config, tokenizer, records, args.chat
+    )
+
+
+def _rival_settings(pairs: Sequence[str], cls: type) -> dict[str, Any]:
+    """NAME=VALUE as settings of ``cls``: a value is JSON, or else a word."""
+    settings: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--set {pair} is no NAME=VALUE")
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            value = text
+        patterns = isinstance(value, str) and isinstance(getattr(cls, name, None), tuple)
+        settings[name] = [value] if patterns else value
+    return settings
 
 
 def _text(name: str) -> str:

@@ -122,6 +122,38 @@ class TrainConfig:
             )
 
 
+@dataclass(frozen=True)
+class FineTuneConfig:
+    """Fine-tuning on the facts of one edit (the paper's FT and FT+KL)."""
+
+    lr: float = 0.0  # of RMSprop; 0: the paper's for a model of this kind and size
+    steps: int = 100  # at most: an edit that took is done
+    clip: float = 100.0  # largest gradient norm
+    kl: bool = False  # FT+KL: hold a locality example from the training data at every step
+    c_edit: float = 0.0  # FT+KL: weight of the edit loss; 0: the paper's
+    rank: int = 0  # of the change of every weight; 0: full
+    edit: tuple[str, ...] = ()  # as of MendConfig
+    blocks: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_at_least(self, 1, "steps")
+        _check_at_least(self, 0, "lr", "c_edit", "rank", "blocks")
+        if not self.clip > 0:
+            raise ValueError(f"clip is {self.clip}; it must be above 0")
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """Remembered answers for inputs that look like the edited ones (paper, appendix G)."""
+
+    eps: float = 2.5  # distance below which an input is taken for the edited one; goes by the model
+    scale: float = 20.0  # logit of a remembered token; the others are 0
+
+    def __post_init__(self) -> None:
+        _check_at_least(self, 0, "eps", "scale")
+
+
 def _check_choices(config: Any) -> None:
     """Refuse a value that its field's ``Literal`` does not list."""
     for name, hint in get_type_hints(type(config)).items():

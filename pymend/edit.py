@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -134,15 +134,8 @@ class Edit:
         if self in _merged.get(model, []):
             raise RuntimeError("this edit is merged into this model and acts already")
         self.check(model)
-        handles = []
-        try:
-            for w in self.weights:
-                module = model.get_submodule(w.module)
-                handles.append(module.register_forward_hook(self._hook(w.name), with_kwargs=True))
+        with beside(model, {w.module: self._hook(w.name) for w in self.weights}):
             yield model
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _hook(self, name: str) -> Any:
         factors = self.factors[name]
@@ -152,11 +145,7 @@ class Edit:
             u, delta = factors.u, factors.delta
             if x.device != u.device:
                 u, delta = u.to(x.device), delta.to(x.device)
-            if self.episodes is not None and len(x) % self.episodes:
-                raise ValueError(
-                    f"a batch of {len(x)} rows does not split into {self.episodes} edits"
-                )
-            rows = x.reshape(*u.shape[:-2], -1, x.shape[-1]).to(u.dtype)
+            rows = by_episode(x, self.episodes).to(u.dtype)
             change = side_path(rows, u, delta, factors.alpha.to(u.device))
             return y - change.view(y.shape).to(y.dtype)
 
@@ -320,12 +309,44 @@ class Edit:
                 raise NonFiniteError(
                     f"the factors of {name} are not finite; compute the edit again"
                 )
-        if self.fingerprint and self.fingerprint != fingerprint(model, self.weights):
-            raise ValueError(
-                "this edit was made for another model: the edited weights differ; "
-                "load the model it was computed on"
-            )
+        check_fingerprint(model, self.weights, self.fingerprint)
         self._model = weakref.ref(model)
+
+
+@contextmanager
+def beside(model: nn.Module, hooks: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    """Let the module of each name run its hook on (module, args, kwargs, output) inside."""
+    with ExitStack() as stack:
+        for name, hook in hooks.items():
+            module = model.get_submodule(name)
+            stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+        yield
+
+
+def by_episode(x: Tensor, episodes: int | None) -> Tensor:
+    """A batch [rows, ., a] as [rows * ., a], or [episodes, ., a] for independent edits.
+
+    Raises:
+        ValueError: the batch is not that many equal groups of rows.
+    """
+    if episodes is None:
+        return x.reshape(-1, x.shape[-1])
+    if len(x) % episodes:
+        raise ValueError(f"a batch of {len(x)} rows does not split into {episodes} edits")
+    return x.reshape(episodes, x.shape[:-1].numel() // episodes, x.shape[-1])
+
+
+def check_fingerprint(model: nn.Module, weights: Sequence[EditedWeight], known: str) -> None:
+    """Refuse a model whose fingerprint is not the ``known`` one of an edit; "" fits any.
+
+    Raises:
+        ValueError: the edit was made for another model.
+    """
+    if known and known != fingerprint(model, weights):
+        raise ValueError(
+            "this edit was made for another model: the edited weights differ; "
+            "load the model it was computed on"
+        )
 
 
 def fingerprint(model: nn.Module, weights: Sequence[EditedWeight]) -> str:

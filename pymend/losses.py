@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pymend.ops.head_losses import head_losses
@@ -29,6 +30,11 @@ class LabelRows:
         if self.head is None:
             return token_losses(self.values, target, constant)
         return head_losses(self.values, self.head.weight, self.head.bias, target, constant)
+
+
+def class_logits(values: Tensor) -> Tensor:
+    """A classifier's output as logits [rows, classes]; one logit z is the two classes (0, z)."""
+    return values if values.shape[1] > 1 else F.pad(values, (1, 0))
 
 
 def mean_per_row(values: Tensor, row: Tensor, rows: int) -> Tensor:

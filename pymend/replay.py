@@ -14,12 +14,11 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from pymend.losses import LabelRows
+from pymend.losses import LabelRows, class_logits
 from pymend.models import EditedWeight, forwards, is_plain, lowest_block, stacks
 from pymend.tokens import Batch, Row
 
@@ -99,7 +98,7 @@ class Replay:
             above = dict.fromkeys(self.blocks[self.cut :], lambda *_, **__: output)
             stack.enter_context(forwards(above))
             if self._encoder is None:
-                logits = self._run(batch, batch.row[:0], batch.position[:0])
+                logits = self._run(batch, (batch.row[:0], batch.position[:0]))
                 # The very tensor, and not written to since: a capped or scaled one is another or is
                 # newer.
                 seen = [version for x, version in from_head if x is logits]
@@ -123,21 +122,21 @@ class Replay:
 
         Gradients flow if the caller enabled them; hooks on edited modules act as usual.
         """
-        head = self._head if is_plain(self._head) and self._last else None
+        # Whoever watches the whole model goes by the rows of the batch, as an edited head does.
+        whole = self._head is None or bool(self.model._forward_hooks)
+        head = self._head if not whole and is_plain(self._head) and self._last else None
         with ExitStack() as stack:
             if self.cut:
                 stack.enter_context(self._replaying(batch))
             if head is not None:
                 # The model then returns the head's input.
                 stack.enter_context(forwards({head: lambda x: x}))
-            values = self._run(batch, batch.row, batch.position)
-        if self._head is not None:
+            values = self._run(batch, None if whole else (batch.row, batch.position))
+        if not whole:
             return LabelRows(values[0], head)
         if values.dim() == 3:
             return LabelRows(values[batch.row, batch.position], None)
-        # A classifier's; one logit z is the two classes (0, z).
-        values = values if values.shape[1] > 1 else F.pad(values, (1, 0))
-        return LabelRows(values[batch.row], None)
+        return LabelRows(class_logits(values)[batch.row], None)
 
     @contextmanager
     def _replaying(self, batch: Batch) -> Iterator[None]:
@@ -162,16 +161,17 @@ class Replay:
             stack.enter_context(forwards(dict.fromkeys(below, lambda *_, **__: record)))
             yield
 
-    def _run(self, batch: Batch, row: Tensor, position: Tensor) -> Tensor:
+    def _run(self, batch: Batch, labels: tuple[Tensor, Tensor] | None) -> Tensor:
         """What the model returns: [1, labels, .] with its head on those positions only.
 
-        [rows, tokens, vocabulary] if the head is edited; [rows, classes] of a classifier.
+        [rows, tokens, vocabulary] without ``labels`` (rows and positions), or if the head is
+        edited; [rows, classes] of a classifier.
         """
 
         def gather(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return (args[0][row, position][None], *args[1:])
+            return (args[0][labels][None], *args[1:])
 
         with ExitStack() as stack:
-            if self._head is not None:
+            if self._head is not None and labels is not None:
                 stack.callback(self._head.register_forward_pre_hook(gather).remove)
             return self.model(**batch.inputs, **self._options).logits

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from pymend.losses import class_logits
 from pymend.models import frozen
-from pymend.tokens import Encoder
+from pymend.tokens import Batch, Encoder, Row
 
 GENERATE_TOGETHER = 16  # prompts in one call of generate
 
@@ -88,24 +89,37 @@ def metrics_table(metrics: Mapping[str, Any], extra: Sequence[tuple[str, str]] =
 def greedy(
     model: PreTrainedModel, encoder: Encoder, prompts: Sequence[str], tokens: int
 ) -> list[str]:
-    """The first line of the model's greedy continuation of every prompt."""
-    tokenizer, device = encoder.tokenizer, model.device
-    pad = tokenizer.eos_token_id or 0
+    """The first line of the model's greedy answer to every prompt; a classifier's class."""
     answers = []
     for i in range(0, len(prompts), GENERATE_TOGETHER):
-        rows = [encoder.row(p).ids for p in prompts[i : i + GENERATE_TOGETHER]]
-        width = max(map(len, rows))
-        ids = torch.tensor([[*[pad] * (width - len(r)), *r] for r in rows], device=device)
-        length = torch.tensor([[len(r)] for r in rows], device=device)
-        mask = (torch.arange(width, device=device) >= width - length).long()
+        rows = [encoder.row(p) for p in prompts[i : i + GENERATE_TOGETHER]]
         with frozen(model):
-            out = model.generate(  # type: ignore[operator]
-                input_ids=ids,
-                attention_mask=mask,
-                do_sample=False,
-                max_new_tokens=tokens,
-                pad_token_id=pad,
-            )
-        texts = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
-        answers += [next(iter(text.strip().splitlines()), "") for text in texts]
+            if rows[0].label is not None:
+                logits = class_logits(model(**Batch.of(rows, model.device).inputs).logits)
+                answers += [encoder.text(best) for best in logits.argmax(-1, keepdim=True)]
+            else:
+                answers += _generated(model, encoder, rows, tokens)
     return answers
+
+
+def _generated(
+    model: PreTrainedModel, encoder: Encoder, rows: Sequence[Row], tokens: int
+) -> list[str]:
+    """The first line of what the model generates from every row."""
+    tokenizer, device = encoder.tokenizer, model.device
+    pad = tokenizer.eos_token_id or 0
+    if rows[0].source:
+        inputs = Batch.of(rows, device).inputs
+        given, start = {n: inputs[n] for n in ("input_ids", "attention_mask")}, 1
+    else:
+        # Padding on the left: what is generated follows the prompt at once.
+        start = max(len(r.ids) for r in rows)
+        ids = torch.tensor([[*[pad] * (start - len(r.ids)), *r.ids] for r in rows], device=device)
+        length = torch.tensor([[len(r.ids)] for r in rows], device=device)
+        mask = (torch.arange(start, device=device) >= start - length).long()
+        given = {"input_ids": ids, "attention_mask": mask}
+    out = model.generate(  # type: ignore[operator]
+        **given, do_sample=False, max_new_tokens=tokens, pad_token_id=pad
+    )
+    texts = tokenizer.batch_decode(out[:, start:], skip_special_tokens=True)
+    return [next(iter(text.strip().splitlines()), "") for text in texts]

@@ -15,6 +15,7 @@ import pytest
 import tiny
 import torch
 import yaml
+from test_encoders import data_of, model_of, plain, words
 from transformers import AutoModelForCausalLM
 
 from pymend.cli import HELP, main, parse, read_settings, settings_of
@@ -23,6 +24,8 @@ from pymend.data import write_jsonl
 from pymend.edit import Edit
 from pymend.files import read_json
 from pymend.models import smollm2
+from pymend.models.load import load_model
+from pymend.tokens import Encoder
 
 KEYS = (
     "edit_success",
@@ -427,3 +430,87 @@ def test_help_and_version() -> None:
         argv = [sys.executable, "-m", "pymend", *flags]
         done = subprocess.run(argv, capture_output=True, text=True, env=env)
         assert done.returncode == 0 and expected in done.stdout
+
+
+# -- models of every kind, and rivals --------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart", "bert, one logit"])
+def test_every_kind_of_model_is_trained_edited_and_measured(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, editor, data = (tmp_path / n for n in ("model", "editor", "data.jsonl"))
+    model_of(kind).save_pretrained(model)
+    words(kind).save_pretrained(model)
+    write_jsonl(data, data_of(kind, 30))
+    where = [f"--model={model}", f"--data={data}"]
+    assert main(["train", *where, f"--output={editor}", *SMALL]) == 0
+    assert main(["eval", *where, f"--editor={editor}", "--limit=4"]) == 0
+    capsys.readouterr()
+    request = data_of(kind, 1)[0]
+    pair = [f"--prompt={request.prompt}", f"--target={request.target}", "--tokens=3"]
+    merged = f"--merge={tmp_path / 'merged'}"
+    assert main(["edit", f"--model={model}", f"--editor={editor}", *pair, merged]) == 0
+    answers = capsys.readouterr().out.split("after undo")[1].splitlines()[2]
+    loaded, tokenizer = load_model(str(tmp_path / "merged"))
+    assert type(loaded) is type(model_of(kind))
+    encoder = Encoder.for_model(loaded, tokenizer)
+    with torch.no_grad():
+        row = encoder.row(request.prompt, request.target)
+        edited = encoder.text(plain(loaded, [row])[:1].argmax(-1))
+        unedited = encoder.text(plain(model_of(kind), [row])[:1].argmax(-1))
+    columns = re.split(r"\s{2,}", answers)
+    assert columns[1].startswith(unedited) and columns[2].startswith(edited)
+    assert columns[3] == columns[1]
+
+
+@pytest.mark.parametrize("algorithm", ["ft", "ft+kl", "cache"])
+def test_eval_measures_a_rival(
+    algorithm: str, model: Path, records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "metrics.json"
+    argv = ["eval", "--model", model, "--data", records, "--limit", 3, "--output", output]
+    argv += ["--algorithm", algorithm]
+    if algorithm == "cache":
+        argv += ["--set", "eps=1e-4", "--set", "scale=9"]
+    else:
+        argv += ["--set", "lr=1e-2", "--set", "edit=attention", "--set", "steps=40"]
+    if algorithm == "ft+kl":
+        argv += ["--locality-data", records, "--set", "c_edit=0.1"]
+    assert main([str(a) for a in argv]) == 0
+    metrics = read_json(output)
+    assert all(metrics[key] is not None for key in KEYS)
+    assert metrics["edit_success"] == 1
+    settings = metrics["source"]["settings"]
+    assert metrics["source"]["algorithm"] == algorithm
+    if algorithm == "cache":
+        assert settings == {"eps": 1e-4, "scale": 9.0}
+    else:
+        assert (settings["lr"], settings["edit"], settings["steps"]) == (1e-2, ["attention"], 40)
+        assert settings["kl"] == (algorithm == "ft+kl")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--editor is missing; name what pymend train wrote"),
+        (["--set", "lr=1"], "--set and --locality-data are for rivals"),
+        (["--algorithm", "rome"], "invalid choice: 'rome'"),
+        (["--algorithm", "ft", "--editor", "x"], "ft has no trained editor; leave out --editor"),
+        (["--algorithm", "ft", "--set", "lr"], "--set lr is no NAME=VALUE"),
+        (["--algorithm", "ft", "--set", "eps=1"], "--set: unknown setting 'eps'"),
+        (["--algorithm", "ft", "--set", "steps=few"], "steps must be a int, got 'few'"),
+        (["--algorithm", "ft", "--set", "clip=0"], "clip is 0.0; it must be above 0"),
+        (["--algorithm", "cache", "--set", "eps=-1"], "eps is -1.0; it must be at least 0"),
+        (["--algorithm", "ft+kl"], "--locality-data FILE is for ft+kl, which needs it"),
+        (["--algorithm", "ft", "--set", "edit=nothing"], "no parameter is called 'nothing'"),
+    ],
+)
+def test_rivals_that_are_not_clear(
+    flags: list[str],
+    message: str,
+    model: Path,
+    records: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert message in fails(capsys, "eval", "--model", model, "--data", records, *flags)

@@ -302,3 +302,17 @@ def test_training_losses_are_the_same_with_and_without_logits(
     for ours, wanted in zip(*results, strict=True):
         tolerance = 1e-4 if official else 1e-9  # official moments are float32
         assert_close(ours, wanted, "with and without", tolerance)
+
+
+@torch.no_grad()
+def test_a_hook_on_the_model_sees_whole_rows() -> None:
+    model, seen = gpt2(), []
+    with frozen(model):
+        replay = Replay(model, find_weights(model))
+        replay.load(MIXED)
+        expected = replayed_logits(replay, Batch.of(MIXED))
+        handle = model.register_forward_hook(lambda _m, _a, out: seen.append(out.logits.shape))
+        rows = replay.label_rows(Batch.of(MIXED))
+        handle.remove()
+    assert rows.head is None and seen == [(4, 11, model.config.vocab_size)]
+    assert_close(rows.values, expected, "logits", 1e-6)

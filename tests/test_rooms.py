@@ -36,11 +36,12 @@ ROOMS = {
     "edit": {"capture", "files", "models", "ops"},
     "algorithm": {"config", "edit", "losses", "models", "replay", "tokens"},
     "mend": CORE - {"mend"},
+    "algorithms": CORE - {"mend"},
     "training": CORE | {"ops"},
     "evaluation": CORE,
     "data": {"config", "files"},
     "plots": {"files"},
-    "report": {"models", "tokens"},
+    "report": {"losses", "models", "tokens"},
     "sampling": {"models", "tokens"},
 }
 # These may import everything, and are imported by no room.

@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from pymend.models import smollm2
 
@@ -17,7 +25,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 def load_model(
     name: str, dtype: str = "auto", device: str | None = None
 ) -> tuple[PreTrainedModel, Any]:
-    """Load a decoder-only language model, in evaluation mode, and its tokenizer.
+    """Load a decoder, an encoder-decoder or a classifier, in evaluation mode, and its tokenizer.
 
     Args:
         name: ``smollm2`` (no hub needed), a transformers folder, or a name on the hub.
@@ -47,8 +55,13 @@ def load_model(
     precision = dtype if dtype == "auto" else getattr(torch, dtype)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=offline)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            source, local_files_only=offline, dtype=precision, use_safetensors=True
+        config = AutoConfig.from_pretrained(source, local_files_only=offline)
+        model: Any = _auto(config).from_pretrained(
+            source,
+            config=config,
+            local_files_only=offline,
+            dtype=precision,
+            use_safetensors=True,
         )
     except (OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -60,6 +73,13 @@ def load_model(
             f"model {name!r} is no folder here and cannot be fetched from the hub: {reason}"
         ) from error
     return model.to(target).eval(), tokenizer
+
+
+def _auto(config: PretrainedConfig) -> Any:
+    """The class that builds a model of ``config``'s kind."""
+    if any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
+        return AutoModelForSequenceClassification
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
 def _device(name: str | None) -> torch.device:
