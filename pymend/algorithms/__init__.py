@@ -1,0 +1,1 @@
+"""The algorithms that MEND is compared with, behind the same calls."""
