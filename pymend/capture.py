@@ -36,14 +36,15 @@ class Factors:
 class Tape:
     """Inputs and probes of the edited modules, filled by their forward hooks."""
 
-    def __init__(self, weights: Sequence[EditedWeight]) -> None:
+    def __init__(self, weights: Sequence[EditedWeight], second_order: bool = False) -> None:
         self.weights = tuple(weights)
+        self.second_order = second_order
         self._inputs: dict[str, list[Tensor]] = {w.name: [] for w in weights}
         self._probes: dict[str, list[Tensor]] = {w.name: [] for w in weights}
 
     def _record(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         probe = torch.zeros_like(y, requires_grad=True)
-        self._inputs[name].append(x.detach())
+        self._inputs[name].append(x if self.second_order else x.detach())
         self._probes[name].append(probe)
         return y + probe
 
@@ -67,7 +68,7 @@ class Tape:
             raise RuntimeError(f"the forward pass never called the module of {missing[0]}")
         scale = HALF_SCALE if any(p.dtype == torch.float16 for p in probes) else 1.0
         with torch.enable_grad():
-            grads = iter(torch.autograd.grad(loss * scale, probes))
+            grads = iter(torch.autograd.grad(loss * scale, probes, create_graph=self.second_order))
         rows = {}
         for w in self.weights:
             # A module called several times contributes the rows of all its calls.
@@ -105,17 +106,22 @@ def _episodes(x: Tensor, episodes: int) -> Tensor:
 
 
 @contextmanager
-def capture(model: nn.Module, weights: Sequence[EditedWeight]) -> Iterator[Tape]:
+def capture(
+    model: nn.Module, weights: Sequence[EditedWeight], second_order: bool = False
+) -> Iterator[Tape]:
     """Record the edited modules during a forward pass; hooks are gone at the end, come what may.
 
     The caller runs the model under ``frozen`` and calls :meth:`Tape.backward` on its loss.
+
+    Args:
+        second_order: u and delta can be differentiated further; else they are constants.
 
     Raises:
         ValueError: the model lacks a weight, before any hook is set.
     """
     for weight in weights:
         weight_of(model, weight)
-    tape = Tape(weights)
+    tape = Tape(weights, second_order)
     handles = []
     try:
         with torch.enable_grad():

@@ -35,7 +35,9 @@ import yaml
 
 from pymend import cli_data
 from pymend.config import (
+    EDITORS,
     CacheConfig,
+    EditorConfig,
     EditRequest,
     FineTuneConfig,
     MendConfig,
@@ -45,17 +47,17 @@ from pymend.config import (
 
 logger = logging.getLogger("pymend")
 
-T = TypeVar("T", MendConfig, TrainConfig)
+T = TypeVar("T", bound=EditorConfig | TrainConfig)
 
 HELD_OUT = 1000  # records of a training file kept for validation, at most: its last tenth
 STRENGTH = "factor of the learned step sizes; below 1: fewer edits take, less else changes"
-MEND = "mend"
 # Configuration, and what the name says about it.
 RIVALS: dict[str, tuple[type[FineTuneConfig | CacheConfig], dict[str, Any]]] = {
     "ft": (FineTuneConfig, {}),
     "ft+kl": (FineTuneConfig, {"kl": True}),
     "cache": (CacheConfig, {}),
 }
+PRESETS = {"mend": "default"}  # of an algorithm; the others' have its own name
 NOT_SETTINGS = ("command", "run", "config", "preset", "resume")  # of what config.yaml records
 
 HELP = {
@@ -77,10 +79,10 @@ HELP = {
     "keep": "which editor is saved: of the lowest validation loss, or the last",
     "save_every": "steps between checkpoints",
     "prefix_cache": "keep the states below the edited blocks in memory across epochs",
-    "rank": "width of the editor's low-rank layers",
     "edit": "weights to edit: mlp, attention or all of the last blocks, paper for the paper's own "
     "list, or names and patterns",
     "blocks": "how many of the last blocks; 0: three, of an encoder-decoder two of each stack",
+    "rank": "width of the editor's low-rank layers",
     "alpha": "initial step size",
     "shared": "one network for each weight shape, not for each weight",
     "norm": "normalise the inputs by running moments",
@@ -92,6 +94,11 @@ HELP = {
     "delta_only": "transform only delta",
     "n_edits": "simultaneous edits the editor is trained for",
     "official": "numeric conventions of the paper's code",
+    "lstm": "width of the LSTM that reads a request, each way",
+    "condition": "width of what the LSTM makes of a request",
+    "hidden": "width of the network of each weight",
+    "second_order": "differentiate through the gradient of the inner step",
+    "c_base": "weight of the loss that keeps the adapted base close to the model",
 }
 
 
@@ -147,9 +154,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         first = _Parser(prog="pymend train", add_help=False)
         first.add_argument("--config")
         first.add_argument("--preset")
+        first.add_argument("--algorithm")
         given, _ = first.parse_known_args(argv[1:])
         own = read_settings(Path(given.config)) if given.config else {}
-        preset = given.preset or str(own.get("preset") or "default")
+        algorithm = given.algorithm or str(own.get("algorithm") or "mend")
+        usual = PRESETS.get(algorithm, algorithm) if algorithm in EDITORS else "default"
+        preset = given.preset or str(own.get("preset") or usual)
         if preset not in _presets():
             raise ValueError(f"unknown preset {preset!r}; choose one of {', '.join(_presets())}")
         shipped = resources.files("pymend") / "presets" / f"{preset}.yaml"
@@ -236,8 +246,9 @@ def _parsers() -> tuple[_Parser, argparse.ArgumentParser]:
     train.add_argument("--config", metavar="FILE", help="settings as YAML; flags win over it")
     train.add_argument("--preset", choices=_presets(), help="settings below those of --config")
     _add_model(train)
-    _add_settings(train, TrainConfig, "training")
-    _add_settings(train, MendConfig, "editor")
+    train.add_argument("--algorithm", choices=EDITORS, default="mend", help="kind of editor")
+    _add_settings(train, "training", TrainConfig)
+    _add_settings(train, "editor", *EDITORS.values())
 
     edit = commands.add_parser("edit", help="edit facts with a trained editor")
     edit.set_defaults(run=_edit)
@@ -253,9 +264,9 @@ def _parsers() -> tuple[_Parser, argparse.ArgumentParser]:
 
     evaluate = commands.add_parser("eval", help="measure a trained editor, or a rival")
     evaluate.set_defaults(run=_eval)
-    evaluate.add_argument("--editor", metavar="DIR", help="what train wrote; for mend")
+    evaluate.add_argument("--editor", metavar="DIR", help="what train wrote: mend, ke or enn")
     evaluate.add_argument(
-        "--algorithm", default=MEND, choices=(MEND, *RIVALS), help="what computes the edits"
+        "--algorithm", choices=RIVALS, help="a rival without a trained editor, in its place"
     )
     evaluate.add_argument(
         "--set",
@@ -287,8 +298,8 @@ def _parsers() -> tuple[_Parser, argparse.ArgumentParser]:
         "again, a demo with other settings is replaced, other files stay",
     )
     _add_model(demo)
-    _add_settings(demo, TrainConfig, "training", defaults=False)
-    _add_settings(demo, MendConfig, "editor", defaults=False)
+    _add_settings(demo, "training", TrainConfig, defaults=False)
+    _add_settings(demo, "editor", MendConfig, defaults=False)
 
     models = commands.add_parser("models", help="list known models and what is edited in them")
     models.set_defaults(run=_models)
@@ -326,13 +337,18 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_settings(
-    parser: argparse.ArgumentParser, cls: type, title: str, defaults: bool = True
+    parser: argparse.ArgumentParser, title: str, *classes: type, defaults: bool = True
 ) -> None:
-    """One flag for each field of ``cls``. What is not given stays out of the namespace."""
+    """One flag for each field of ``classes``. What is not given stays out of the namespace."""
     group = parser.add_argument_group(title)
-    hints = get_type_hints(cls)
-    for field in fields(cls):
-        hint, default = hints[field.name], field.default
+    hints = {name: hint for cls in classes for name, hint in get_type_hints(cls).items()}
+    of_name: dict[str, list[Any]] = {}  # defaults
+    for field in (f for cls in classes for f in fields(cls)):
+        values = of_name.setdefault(field.name, [])
+        if field.default not in values:
+            values.append(field.default)
+    for name, values in of_name.items():
+        hint = hints[name]
         options: dict[str, Any] = {"type": hint}
         if hint is bool:
             options = {"action": BooleanOptionalAction}
@@ -340,10 +356,10 @@ def _add_settings(
             options = {"choices": get_args(hint)}
         elif get_origin(hint) is tuple:
             options = {"nargs": "+", "metavar": "PATTERN"}
-        text = HELP[field.name]
-        if defaults and default != ():
-            text += f" (default: {default})"
-        flag = f"--{field.name.replace('_', '-')}"
+        text = HELP[name]
+        if defaults and values != [()]:
+            text += f" (default: {' or '.join(map(str, values))})"
+        flag = f"--{name.replace('_', '-')}"
         group.add_argument(flag, default=argparse.SUPPRESS, help=text, **options)
 
 
@@ -370,37 +386,51 @@ def _version() -> str:
 def _train(args: argparse.Namespace) -> None:
     import torch
 
+    from pymend.algorithms.registry import TRAINABLE
     from pymend.files import replacing, writable_dir
-    from pymend.mend import Mend
     from pymend.plots import learning_curves
     from pymend.training.trainer import Trainer
 
     train_config = settings_of(args, TrainConfig())
-    mend_config = settings_of(args, MendConfig())
+    config = _editor_config(args)
     train, held_out = _training_data(args)
     output = writable_dir(args.output)
     model, tokenizer = _model(args)
     torch.manual_seed(train_config.seed)
-    mend = Mend.from_config(model, mend_config)
-    logger.info("editing %s", ", ".join(w.name for w in mend.weights))
+    editor = TRAINABLE[args.algorithm].from_config(model, config)
+    logger.info("editing %s", ", ".join(w.name for w in editor.weights))
     trainer = Trainer(
-        mend, model, tokenizer, train, held_out, train_config, output, args.resume, chat=args.chat
+        editor, model, tokenizer, train, held_out, train_config, output, args.resume, chat=args.chat
     )
-    config = output / "config.yaml"
+    file = output / "config.yaml"
     chosen = {k: v for k, v in vars(args).items() if k not in NOT_SETTINGS}
-    chosen |= asdict(train_config) | asdict(mend_config) | {"edit": list(mend_config.edit) or None}
-    with replacing(config) as temporary:
+    chosen |= asdict(train_config) | asdict(config) | {"edit": list(config.edit) or None}
+    with replacing(file) as temporary:
         temporary.write_text(yaml.safe_dump(chosen, sort_keys=False), encoding="utf-8")
     try:
         trainer.train()
     except KeyboardInterrupt as stop:
-        again = shlex.join(["pymend", "train", "--config", str(config), "--resume"])
+        again = shlex.join(["pymend", "train", "--config", str(file), "--resume"])
         raise KeyboardInterrupt(f"{str(stop) or 'interrupted'}: {again}") from None
     learning_curves(output / "metrics.jsonl", output / "curves.png", args.model)
     if trainer.best_step:
         print(f"best validation loss {trainer.best_loss:.4f} at step {trainer.best_step}")
     where = shlex.join(["--model", args.model, "--editor", str(output)])
     print(f"the editor is in {output}; use it with: pymend edit {where} --prompt ... --target ...")
+
+
+def _editor_config(args: argparse.Namespace) -> EditorConfig:
+    """The settings of the editor to train.
+
+    Raises:
+        ValueError: a flag that is another algorithm's.
+    """
+    config = settings_of(args, EDITORS[args.algorithm]())
+    names = {f.name for cls in EDITORS.values() for f in fields(cls)}
+    for name in sorted(names - {f.name for f in fields(config)}):
+        if hasattr(args, name):
+            raise ValueError(f"{name} is no setting of {args.algorithm}; leave it out")
+    return config
 
 
 def _training_data(args: argparse.Namespace) -> tuple[list[EditRequest], list[EditRequest]]:
@@ -423,8 +453,8 @@ def _training_data(args: argparse.Namespace) -> tuple[list[EditRequest], list[Ed
 
 
 def _edit(args: argparse.Namespace) -> None:
+    from pymend.algorithms.registry import load_editor
     from pymend.files import writable_dir
-    from pymend.mend import Mend
     from pymend.report import greedy, number, table
     from pymend.tokens import Encoder
 
@@ -433,9 +463,13 @@ def _edit(args: argparse.Namespace) -> None:
     if args.output:
         writable_dir(args.output)
     merged = _new_folder(args.merge) if args.merge else None
-    mend = Mend.from_pretrained(args.editor).scale_(args.strength)
+    editor = load_editor(args.editor).scale_(args.strength)
+    if (args.output or args.merge) and not editor.low_rank:
+        raise ValueError(
+            f"an edit of {editor.kind} cannot be saved or merged; leave out --output and --merge"
+        )
     model, tokenizer = _model(args)
-    edit = mend.edit(model, tokenizer, requests, args.chat)
+    edit = editor.edit(model, tokenizer, requests, args.chat)
     encoder = Encoder.for_model(model, tokenizer, args.chat)
     prompts = [r.prompt for r in requests]
     before = greedy(model, encoder, prompts, args.tokens)
@@ -539,15 +573,16 @@ def _algorithm(args: argparse.Namespace) -> Callable[[Any, Any], Any]:
         ValueError: a flag that the algorithm does not take or lacks, or a wrong setting.
     """
     from pymend.data import load_records
-    from pymend.mend import Mend
 
-    if args.algorithm == MEND:
+    if not args.algorithm:
         if args.set or args.locality_data:
             raise ValueError("--set and --locality-data are for rivals; leave them out")
         if not args.editor:
             raise ValueError("--editor is missing; name what pymend train wrote")
-        mend = Mend.from_pretrained(args.editor).scale_(args.strength)
-        return lambda _model, _tokenizer: mend
+        from pymend.algorithms.registry import load_editor
+
+        editor = load_editor(args.editor).scale_(args.strength)
+        return lambda _model, _tokenizer: editor
     if args.editor or args.strength != 1:
         raise ValueError(f"{args.algorithm} has no trained editor; leave out --editor, --strength")
     cls, given = RIVALS[args.algorithm]

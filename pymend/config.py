@@ -51,15 +51,25 @@ class EditRequest:
 
 
 @dataclass(frozen=True)
-class MendConfig:
+class EditorConfig:
+    """What every trained editor has to be told: the weights it edits."""
+
+    edit: tuple[str, ...] = ()  # weight names, patterns, or mlp, attention, all, paper; empty: mlp
+    blocks: int = 0  # of a kind, how many last blocks; 0: three, of an encoder-decoder two each
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        _check_at_least(self, 0, "blocks")
+
+
+@dataclass(frozen=True)
+class MendConfig(EditorConfig):
     """What an editor is: its network, the weights it edits, its numeric conventions.
 
     The defaults are the paper's (section 4 and appendix C); ``mend.py`` says what each does.
     """
 
     rank: int = 1920  # width of each low-rank layer, cut to the layer's input width
-    edit: tuple[str, ...] = ()  # weight names, patterns, or mlp, attention, all, paper; empty: mlp
-    blocks: int = 0  # of a kind, how many last blocks; 0: three, of an encoder-decoder two each
     alpha: float = 1e-4  # initial step size of every weight
     shared: bool = True  # one network per weight shape
     norm: bool = True
@@ -73,16 +83,47 @@ class MendConfig:
     official: bool = False  # numeric conventions of the paper's code; see docs/design.md
 
     def __post_init__(self) -> None:
-        _check_choices(self)
+        super().__post_init__()
         _check_at_least(self, 1, "rank", "n_edits")
-        _check_at_least(self, 0, "blocks")
-        if not math.isfinite(self.alpha):
-            raise ValueError(f"alpha is {self.alpha}; it must be finite")
+        _check_finite(self, "alpha")
         partial = [n for n in ("one_sided", "x_only", "delta_only") if getattr(self, n)]
         if self.combine and partial:
             raise ValueError(f"{partial[0]} needs combine=False: one network for each side")
         if len(partial) > 1:
             raise ValueError(f"{' and '.join(partial)} exclude each other; choose one")
+
+
+@dataclass(frozen=True)
+class KeConfig(EditorConfig):
+    """KnowledgeEditor, with the widths of the MEND paper's code; ``algorithms/ke.py`` uses them."""
+
+    lstm: int = 512  # hidden width of the LSTM, each way
+    condition: int = 768  # width of what it makes of a request
+    hidden: int = 512  # hidden width of the network of each weight
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_at_least(self, 1, "lstm", "condition", "hidden")
+
+
+@dataclass(frozen=True)
+class EnnConfig(EditorConfig):
+    """Editable neural network: one step of gradient descent on a base trained for that."""
+
+    alpha: float = 1e-2  # initial step size of every weight
+    second_order: bool = True  # differentiate through the gradient of the step
+    c_base: float = 1.0  # weight of the KL from the model to its adapted copy (generation: 10)
+    n_edits: int = 1  # simultaneous edits the editor is trained for
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_at_least(self, 1, "n_edits")
+        _check_at_least(self, 0, "c_base")
+        _check_finite(self, "alpha")
+
+
+# Of every kind of editor that can be trained.
+EDITORS: dict[str, type[EditorConfig]] = {"mend": MendConfig, "ke": KeConfig, "enn": EnnConfig}
 
 
 @dataclass(frozen=True)
@@ -166,6 +207,11 @@ def _check_at_least(config: Any, least: int, *names: str) -> None:
     for name in names:
         if not getattr(config, name) >= least:  # so put, it refuses NaN as well
             raise ValueError(f"{name} is {getattr(config, name)}; it must be at least {least}")
+
+
+def _check_finite(config: Any, name: str) -> None:
+    if not math.isfinite(getattr(config, name)):
+        raise ValueError(f"{name} is {getattr(config, name)}; it must be finite")
 
 
 def to_json(config: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pymend.ops.head_losses import head_losses
-from pymend.ops.token_losses import TokenLosses, token_losses
+from pymend.ops.token_losses import TokenLosses, eager, token_losses
 from pymend.tokens import IGNORE
 
 
@@ -24,9 +24,21 @@ class LabelRows:
     values: Tensor
     head: nn.Linear | None
 
-    def losses(self, target: Tensor | None = None, base: LabelRows | None = None) -> TokenLosses:
-        """``token_losses`` of the logits, against targets [k] and the rows of the base model."""
+    def losses(
+        self,
+        target: Tensor | None = None,
+        base: LabelRows | None = None,
+        second_order: bool = False,
+    ) -> TokenLosses:
+        """``token_losses`` of the logits, against targets [k] and the rows of the base model.
+
+        Args:
+            second_order: in plain torch, which can be differentiated twice.
+        """
         constant = None if base is None else base.values
+        if second_order:
+            logits = self.values if self.head is None else self.head(self.values)
+            return eager(logits, target, constant)
         if self.head is None:
             return token_losses(self.values, target, constant)
         return head_losses(self.values, self.head.weight, self.head.bias, target, constant)

@@ -33,14 +33,19 @@ class Replay:
         model: under ``frozen``; returns an output with ``logits``.
         weights: edited weights; the cut lies below the lowest of them.
         keep: states kept across :meth:`load` calls (``--prefix-cache memory``).
+        prefix: whether there is one; False where an edit may change any parameter.
     """
 
     def __init__(
-        self, model: nn.Module, weights: Sequence[EditedWeight], keep: bool = False
+        self,
+        model: nn.Module,
+        weights: Sequence[EditedWeight],
+        keep: bool = False,
+        prefix: bool = True,
     ) -> None:
         self.model = model
         self.device = next(model.parameters()).device
-        self.blocks, self.cut = lowest_block(model, weights)
+        self.blocks, self.cut = lowest_block(model, weights) if prefix else (None, 0)
         parts = stacks(model)
         self._encoder = next(iter(parts.values())) if len(parts) > 1 else None
         head = model.get_output_embeddings()  # type: ignore[operator]

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -18,11 +20,13 @@ import yaml
 from test_encoders import data_of, model_of, plain, words
 from transformers import AutoModelForCausalLM
 
+from pymend.algorithms.registry import load_editor
 from pymend.cli import HELP, main, parse, read_settings, settings_of
-from pymend.config import MendConfig, TrainConfig
+from pymend.config import EDITORS, MendConfig, TrainConfig
 from pymend.data import write_jsonl
 from pymend.edit import Edit
-from pymend.files import read_json
+from pymend.files import digest, read_json, read_tensors, write_json, write_tensors
+from pymend.mend import Mend
 from pymend.models import smollm2
 from pymend.models.load import load_model
 from pymend.tokens import Encoder
@@ -198,12 +202,87 @@ def test_resume_takes_up_an_interrupted_run(model: Path, records: Path, tmp_path
     assert editors[0] == editors[1]
 
 
+# -- other algorithms ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["ke", "enn"])
+def rival(
+    request: pytest.FixtureRequest,
+    model: Path,
+    records: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """The output of ``pymend train`` for another algorithm."""
+    output = tmp_path_factory.mktemp("runs") / request.param
+    own = [x for x in SMALL if "rank" not in x and "alpha" not in x]
+    own += ["--lstm=6", "--hidden=5"] if request.param == "ke" else ["--alpha=0.1"]
+    files = [f"--data={records}", f"--output={output}", f"--algorithm={request.param}"]
+    assert main(["train", f"--model={model}", *files, *own]) == 0
+    return output
+
+
+def test_a_rival_is_trained_used_and_resumed(
+    rival: Path, model: Path, records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert read_json(rival / "editor.json")["kind"] == rival.name
+    config = yaml.safe_load((rival / "config.yaml").read_text())
+    assert config["algorithm"] == rival.name and config["lr"] == 1e-5, "of its own preset"
+    assert main(["train", "--config", str(rival / "config.yaml"), "--resume"]) == 0
+    base = [f"--model={model}", f"--editor={rival}"]
+    metrics = tmp_path / "metrics.json"
+    files = [f"--data={records}", "--limit=3", f"--output={metrics}"]
+    assert main(["eval", *base, *files]) == 0
+    assert read_json(metrics)["n"] == 3
+    capsys.readouterr()
+    argv = ["edit", *base, "--prompt=ba", "--target=be"]
+    assert main(argv) == 0
+    assert "after undo" in capsys.readouterr().out
+    for flag in ("output", "merge"):
+        saved = [*argv, f"--{flag}={tmp_path / flag}"]
+        if rival.name == "ke":
+            assert main(saved) == 0
+        else:
+            assert "an edit of enn cannot be saved or merged" in fails(capsys, *saved)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "flags", "message"),
+    [
+        ("ke", ["--rank", 5], "rank is no setting of ke"),
+        ("enn", ["--hidden", 5], "hidden is no setting of enn"),
+        ("mend", ["--c-base", 1], "c_base is no setting of mend"),
+        ("rome", [], "invalid choice: 'rome'"),
+    ],
+)
+def test_settings_of_another_algorithm(
+    algorithm: str,
+    flags: list[object],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output = tmp_path / "out"
+    base = ("train", "--data", "facts", "--output", output, "--algorithm", algorithm)
+    assert message in fails(capsys, *base, *flags)
+    assert not output.exists()
+
+
+def test_a_folder_from_before_kinds_is_mend(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "old")
+    description = read_json(tmp_path / "old" / "editor.json")
+    tensors = read_tensors(tmp_path / "old" / "editor.safetensors")
+    del description["kind"], description["sizes"]
+    write_tensors(tmp_path / "old" / "editor.safetensors", tensors, digest(description))
+    write_json(tmp_path / "old" / "editor.json", description)
+    assert isinstance(load_editor(tmp_path / "old"), Mend)
+
+
 # -- settings --------------------------------------------------------------------------------
 
 
 def test_every_setting_has_a_flag_and_a_help_text() -> None:
-    names = [*TrainConfig.__dataclass_fields__, *MendConfig.__dataclass_fields__]
-    assert list(HELP) == names
+    classes = (TrainConfig, *EDITORS.values())
+    assert list(HELP) == list(dict.fromkeys(f.name for cls in classes for f in fields(cls)))
 
 
 def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path: Path) -> None:

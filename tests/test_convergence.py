@@ -64,10 +64,10 @@ def test_training_is_the_same_step_by_step(
     for value in ("all", "off"):
         kernels(monkeypatch, value)
         run = run_of(tmp_path / value, family, dtype)
-        before = copy.deepcopy(run.mend.editor.state_dict())
+        before = copy.deepcopy(run.algorithm.editor.state_dict())
         run.train()
         logs.append(log_of(tmp_path / value))
-        states.append(run.mend.editor.state_dict())
+        states.append(run.algorithm.editor.state_dict())
     losses = [line["loss"] for line in logs[0] if "loss" in line]
     assert min(losses[-3:]) < 0.98 * losses[0], "something was learnt"
     assert_steps_agree(logs, GROWTH[dtype])

@@ -60,11 +60,15 @@ kinds = pytest.mark.parametrize("kind", KINDS)
 sequences = pytest.mark.parametrize("kind", SEQUENCES)
 
 
-def model_of(kind: str, dtype: torch.dtype = torch.float32) -> Any:
+def model_of(kind: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     model_type, config = KINDS[kind]
     torch.manual_seed(0)
     auto = AutoModelForSeq2SeqLM if kind in SEQUENCES else AutoModelForSequenceClassification
-    return auto.from_config(AutoConfig.for_model(model_type, **IDS, **config)).to(dtype).eval()
+    return (
+        auto.from_config(AutoConfig.for_model(model_type, **{**IDS, **config, **changes}))
+        .to(dtype)
+        .eval()
+    )
 
 
 def words(kind: str) -> Any:

@@ -20,6 +20,7 @@ CORE = {
     "ops",
     "replay",
     "tokens",
+    "trainable",
 }
 ROOMS = {
     "_lib": {"_C"},
@@ -35,8 +36,9 @@ ROOMS = {
     "editor": {"config", "models", "ops"},
     "edit": {"capture", "files", "models", "ops"},
     "algorithm": {"config", "edit", "losses", "models", "replay", "tokens"},
+    "trainable": CORE - {"editor", "mend", "ops", "trainable"},
     "mend": CORE - {"mend"},
-    "algorithms": CORE - {"mend"},
+    "algorithms": CORE,
     "training": CORE | {"ops"},
     "evaluation": CORE,
     "data": {"config", "files"},

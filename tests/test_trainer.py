@@ -305,8 +305,8 @@ def test_several_passes_have_the_gradient_of_one(tmp_path: Path) -> None:
         run = trainer(tmp_path / str(passes), config, model=model)
         with frozen(model):
             run._accumulate(random_episodes(5))
-        gradients.append({n: gradient_of(p) for n, p in run.mend.editor.named_parameters()})
-        moments = [n.moments.count.item() for n in run.mend.editor.nets.values()]
+        gradients.append({n: gradient_of(p) for n, p in run.algorithm.editor.named_parameters()})
+        moments = [n.moments.count.item() for n in run.algorithm.editor.nets.values()]
         assert min(moments) > 0
     for name, gradient in gradients[0].items():
         assert gradient.any(), name
@@ -404,7 +404,7 @@ def test_a_bad_record_costs_its_steps_and_nothing_else(tmp_path: Path) -> None:
     said = [str(w.message) for w in caught if "was skipped" in str(w.message)]
     assert [int(text.split()[1]) for text in said] == skipped
     assert all("are not finite" in text for text in said)
-    for name, value in {**run.mend.editor.state_dict(), **mend.editor.state_dict()}.items():
+    for name, value in {**run.algorithm.editor.state_dict(), **mend.editor.state_dict()}.items():
         assert value.isfinite().all(), name
     assert (
         json.loads((tmp_path / "checkpoints/step-00000008/state.json").read_text())["skipped"] == 2
@@ -432,11 +432,11 @@ def test_a_skipped_step_leaves_the_editor_as_it_was(
     run = trainer(tmp_path)
     with frozen(run.model):
         run._update()
-        before = {k: v.clone() for k, v in run.mend.editor.state_dict().items()}
+        before = {k: v.clone() for k, v in run.algorithm.editor.state_dict().items()}
         bad_step(run, monkeypatch, how)
         with pytest.raises(NonFiniteError, match=r"made up|the editor's gradient is nan"):
             run._update()
-    for name, value in run.mend.editor.state_dict().items():
+    for name, value in run.algorithm.editor.state_dict().items():
         assert torch.equal(value, before[name]), name
 
 
@@ -493,25 +493,25 @@ def scripted(run: Trainer, losses: list[float]) -> Trainer:
 def test_the_best_editor_is_kept(tmp_path: Path) -> None:
     run = scripted(trainer(tmp_path, replace(SMALL, save_every=1)), [3.0, 1.0, 2.0])
     kept = {}
-    save = run.mend.save_pretrained
+    save = run.algorithm.save_pretrained
 
     def spy(folder: Path) -> None:
-        kept[run.step] = {k: v.clone() for k, v in run.mend.editor.state_dict().items()}
+        kept[run.step] = {k: v.clone() for k, v in run.algorithm.editor.state_dict().items()}
         save(folder)
 
-    run.mend.save_pretrained = spy  # type: ignore[method-assign]
+    run.algorithm.save_pretrained = spy  # type: ignore[method-assign]
     mend = run.train()
     assert sorted(kept) == [2, 4]
     for name, value in mend.editor.state_dict().items():
         assert torch.equal(value, kept[4][name]), name
-    assert not torch.equal(mend.editor.alpha, run.mend.editor.alpha), "the last one went on"
+    assert not torch.equal(mend.editor.alpha, run.algorithm.editor.alpha), "the last one went on"
     assert [x["best_step"] for x in log_of(tmp_path) if "eval" in x] == [2, 4, 4]
 
 
 def test_the_last_editor_is_kept_on_demand(tmp_path: Path) -> None:
     run = scripted(trainer(tmp_path, replace(SMALL, keep="last")), [3.0, 1.0, 2.0])
     for name, value in run.train().editor.state_dict().items():
-        assert torch.equal(value, run.mend.editor.state_dict()[name]), name
+        assert torch.equal(value, run.algorithm.editor.state_dict()[name]), name
 
 
 def test_a_validation_loss_that_is_no_number_is_logged_as_null(tmp_path: Path) -> None:
@@ -534,8 +534,8 @@ def test_early_stopping(tmp_path: Path) -> None:
 def test_without_validation_the_last_editor_is_saved(tmp_path: Path) -> None:
     run = trainer(tmp_path, held_out=[])
     mend = run.train()
-    assert torch.equal(mend.editor.alpha, run.mend.editor.alpha)
-    assert Mend.from_pretrained(tmp_path).weights == run.mend.weights
+    assert torch.equal(mend.editor.alpha, run.algorithm.editor.alpha)
+    assert Mend.from_pretrained(tmp_path).weights == run.algorithm.weights
 
 
 def test_training_lowers_the_loss(tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from pymend.losses import hits_rows, mean_of_seen, mean_per_row
-from pymend.mend import Mend
 from pymend.replay import Replay
 from pymend.tokens import Batch, EncodedRequest, Row
+from pymend.trainable import Trainable
 
 
 @dataclass(frozen=True)
@@ -91,14 +91,15 @@ class EpisodeScores:
     edit_success: Tensor | None
     generality: Tensor | None
     locality: Tensor
+    penalty: Tensor | None  # the algorithm's own part of the loss
 
 
 def run_episodes(
-    mend: Mend, replay: Replay, episodes: Sequence[Episode], outer: str, merge: bool
+    algorithm: Trainable, replay: Replay, episodes: Sequence[Episode], outer: str, merge: bool
 ) -> EpisodeScores:
     """Edit once per episode, all in one pass, and look at the edited model.
 
-    The same as ``train_step`` of ``pymend/reference.py`` for each episode (paper, Algorithm 1).
+    For MEND, ``train_step`` of ``pymend/reference.py`` for each episode (paper, Algorithm 1).
 
     Args:
         outer: the edit loss is taken on the "rephrase", the "prompt", or the mean over "both".
@@ -113,7 +114,7 @@ def run_episodes(
     )
     with torch.no_grad():
         base = replay.label_rows(locality)
-    edit = mend.differentiable(replay, edits.rows, n, merge)
+    edit = algorithm.differentiable(replay, edits.rows, n, merge)
     # One pass for each kind of row: their lengths differ, and padding would cost more.
     with edit.applied(replay.model):
         looks = {
@@ -131,6 +132,7 @@ def run_episodes(
         edit_success=hits.get("prompt"),
         generality=hits.get("rephrase"),
         locality=mean_per_row(same, locality.row, n),
+        penalty=algorithm.penalty(replay, locality, base),
     )
 
 

@@ -1,4 +1,4 @@
-"""Adam for the networks and the step sizes, its schedule, and the guarded step."""
+"""Adam for an editor's networks and step sizes, its schedule, and the guarded step."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch.optim.adam import adam
 
 from pymend.config import TrainConfig
 from pymend.editor.network import LowRankLayer
-from pymend.mend import Mend
 from pymend.ops.factored_adam import factored_adam, fused_rows, gram_norm
+from pymend.trainable import Trainable
 
 
 def learning_rate_factor(config: TrainConfig, step: int) -> float:
@@ -27,7 +27,7 @@ def learning_rate_factor(config: TrainConfig, step: int) -> float:
 
 
 class EditorOptimizer:
-    """Adam over networks and alpha, each with its own rate (``official``: one rate for both).
+    """Adam over the parameters of an algorithm's editor, each group at its own rate.
 
     The matrices of the networks get an attribute ``factors``. While it is there, a backward pass
     may append pairs (left [n, rows], right [n, cols]) to it in place of adding to ``.grad``; the
@@ -36,16 +36,15 @@ class EditorOptimizer:
     rows alone decides, so that a run can be repeated to the bit.
     """
 
-    def __init__(self, mend: Mend, config: TrainConfig) -> None:
+    def __init__(self, algorithm: Trainable, config: TrainConfig) -> None:
         self.config = config
-        nets = list(mend.editor.nets_parameters())
-        self.parameters: list[Tensor] = [*nets, mend.editor.alpha]
-        alpha_lr = config.lr if mend.config.official else config.alpha_lr
-        self.rates = [config.lr] * len(nets) + [alpha_lr]
+        groups = algorithm.parameter_groups(config)
+        self.parameters: list[Tensor] = [p for members, _ in groups for p in members]
+        self.rates = [rate for members, rate in groups for _ in members]
         self.moments: dict[int, tuple[Tensor, Tensor]] = {}  # of the parameters that had a gradient
         self.steps: dict[int, int] = {}
         self.buffers: dict[int, Tensor] = {}
-        for layer in mend.editor.modules():
+        for layer in algorithm.editor.modules():
             if isinstance(layer, LowRankLayer):
                 for matrix in (layer.u, layer.v):
                     matrix.factors = []  # type: ignore[attr-defined]
@@ -142,9 +141,11 @@ class EditorOptimizer:
 
     def state(self) -> dict[str, Tensor]:
         """Adam's moments as flat tensors, for safetensors."""
-        tensors = {}
-        for i, (exp_avg, exp_avg_sq) in self.moments.items():
-            tensors[f"{i}.step"] = torch.tensor(float(self.steps[i]))
+        tensors: dict[str, Tensor] = {}
+        for i, p in enumerate(self.parameters if self.moments else []):
+            # A parameter that nothing depends on never had a gradient.
+            exp_avg, exp_avg_sq = self.moments.get(i) or (torch.zeros_like(p), torch.zeros_like(p))
+            tensors[f"{i}.step"] = torch.tensor(float(self.steps.get(i, 0)))
             tensors |= {f"{i}.exp_avg": exp_avg, f"{i}.exp_avg_sq": exp_avg_sq}
         return tensors
 

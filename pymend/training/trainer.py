@@ -1,4 +1,4 @@
-"""The outer loop of MEND (paper, Algorithm 1): train the editor, never the model."""
+"""The outer loop (paper, Algorithm 1): train an algorithm's editor, never the model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
@@ -32,18 +32,20 @@ from pymend.files import (
     write_json,
     write_tensors,
 )
-from pymend.mend import Mend, load_state
 from pymend.models import frozen
 from pymend.tokens import EncodedRequest, Encoder
+from pymend.trainable import Trainable, load_state
 from pymend.training.episodes import EpisodeScores, Sampler, run_episodes
 from pymend.training.optim import EditorOptimizer
 
 MAX_SKIPPED = 20  # steps in a row without a finite gradient before a run gives up
 PROGRESS = ("step", "best_step", "skipped", "skipped_in_row")  # counters that a checkpoint keeps
 
+A = TypeVar("A", bound=Trainable)
 
-class Trainer:
-    """Trains ``mend`` on ``train_data`` for ``model``, which is the same, bit for bit, afterwards.
+
+class Trainer(Generic[A]):
+    """Trains ``algorithm`` on ``train_data`` for ``model``, which is the same bits afterwards.
 
     A run that was interrupted or killed and then resumed equals one that was not, bit for bit on a
     CPU.
@@ -57,7 +59,7 @@ class Trainer:
 
     Raises:
         ValueError: data that cannot be used, ``chat`` with a tokenizer that has no chat template,
-            or a checkpoint that is damaged or of another run; ``mend`` is as it was.
+            or a checkpoint that is damaged or of another run; ``algorithm`` is as it was.
         PermissionError: ``output`` cannot be written.
         FileExistsError: ``output`` holds checkpoints and ``resume`` was not asked for, or an editor
             without checkpoints.
@@ -65,7 +67,7 @@ class Trainer:
 
     def __init__(
         self,
-        mend: Mend,
+        algorithm: A,
         model: nn.Module,
         tokenizer: Any,
         train_data: Sequence[EditRequest],
@@ -76,10 +78,11 @@ class Trainer:
         progress: bool = True,
         chat: bool = False,
     ) -> None:
-        mend.fit(model)
-        self.mend, self.model, self.config, self.progress = mend, model, config, progress
+        algorithm.fit(model)
+        self.algorithm, self.model = algorithm, model
+        self.config, self.progress = config, progress
         encoder = Encoder.for_model(model, tokenizer, chat)
-        edits = mend.config.n_edits
+        edits = algorithm.n_edits
         train = encoder.requests(train_data)
         self.sampler = Sampler(train, edits, config.batch_size, config.seed)
         # Validation sees the same episodes every time.
@@ -91,16 +94,16 @@ class Trainer:
         # What must agree between a checkpoint and the run that resumes it.
         self.run_id: dict[str, Any] = {
             "train": to_json(config),
-            "mend": to_json(mend.config),
-            "model_fingerprint": mend.model_fingerprint,
+            algorithm.kind: to_json(algorithm.config),
+            "model_fingerprint": algorithm.model_fingerprint,
             "records": len(train),
             "data": _data_digest(train),
             "eval_data": _data_digest(held_out),
             "chat": chat,
         }
-        self.replay = mend.replay(model, keep=config.prefix_cache == "memory")
-        self.eval_replay = mend.replay(model, keep=True)
-        self.optimizer = EditorOptimizer(mend, config)
+        self.replay = algorithm.replay(model, keep=config.prefix_cache == "memory")
+        self.eval_replay = algorithm.replay(model, keep=True)
+        self.optimizer = EditorOptimizer(algorithm, config)
 
         self.output = writable_dir(output)
         self.checkpoints = self.output / "checkpoints"
@@ -134,7 +137,7 @@ class Trainer:
 
     # -- the loop ----------------------------------------------------------------------------
 
-    def train(self) -> Mend:
+    def train(self) -> A:
         """Run to ``config.steps``, or until validation stops improving; return the best editor.
 
         A step whose gradients are not finite changes nothing; it is counted, and a warning names
@@ -160,7 +163,8 @@ class Trainer:
                     self.skipped_in_row += 1
                 self.step += 1
                 line = {"step": self.step, **scores, "grad_norm": norm, "skipped": self.skipped}
-                line["alpha"] = float(self.mend.editor.alpha.detach().mean())
+                if self.algorithm.step_sizes is not None:
+                    line["alpha"] = float(self.algorithm.step_sizes.detach().mean())
                 self._log(line, seconds=time.perf_counter() - begin)
                 bar.update()
                 shown = {k: f"{v:.3f}" for k, v in scores.items() if k != "loss"}
@@ -184,8 +188,8 @@ class Trainer:
             )
         # Without validation, or without one of a finite loss, the last editor is all there is.
         if config.keep == "last" or not self.best_step:
-            self.mend.save_pretrained(self.output)
-        return Mend.from_pretrained(self.output, self.mend.editor.alpha.device)
+            self.algorithm.save_pretrained(self.output)
+        return self.algorithm.from_pretrained(self.output, self.replay.device)
 
     def _update(self) -> tuple[dict[str, float], float]:
         """One optimiser step: its scores and gradient norm.
@@ -193,7 +197,7 @@ class Trainer:
         Raises:
             NonFiniteError: it has to be skipped; parameters and running moments are as before.
         """
-        moments = [buffer.clone() for buffer in self.mend.editor.buffers()]
+        moments = [buffer.clone() for buffer in self.algorithm.editor.buffers()]
         try:
             parts = self._accumulate(self.sampler.step(self.step))
             norm = self.optimizer.step(self.step)
@@ -201,7 +205,7 @@ class Trainer:
                 raise NonFiniteError(f"the norm of the editor's gradient is {norm}")
         except NonFiniteError:
             self.optimizer.discard()
-            for buffer, before in zip(self.mend.editor.buffers(), moments, strict=True):
+            for buffer, before in zip(self.algorithm.editor.buffers(), moments, strict=True):
                 buffer.copy_(before)
             raise
         return {name: sum(p[name] for p in parts) / len(parts) for name in parts[0]}, norm
@@ -220,7 +224,7 @@ class Trainer:
         parts = []
         for i in range(0, len(episodes), size):
             scores = run_episodes(
-                self.mend, self.replay, episodes[i : i + size], self.config.outer, merge=True
+                self.algorithm, self.replay, episodes[i : i + size], self.config.outer, merge=True
             )
             loss = self._loss(scores)
             (loss / self.config.accumulate).backward()
@@ -228,8 +232,9 @@ class Trainer:
         return parts
 
     def _loss(self, scores: EpisodeScores) -> torch.Tensor:
-        """c_e * NLL + c_loc * KL, mean over episodes (Eq. 4)."""
-        return (self.config.c_edit * scores.nll + self.config.c_loc * scores.kl).mean()
+        """c_e * NLL + c_loc * KL, mean over episodes (Eq. 4), and the algorithm's own part."""
+        loss = self.config.c_edit * scores.nll + self.config.c_loc * scores.kl
+        return (loss if scores.penalty is None else loss + scores.penalty).mean()
 
     def _means(self, scores: EpisodeScores) -> dict[str, float]:
         values = {f.name: getattr(scores, f.name) for f in fields(scores)}
@@ -246,7 +251,7 @@ class Trainer:
             self.last_eval = {}
         if self.last_eval.get("loss", math.inf) < self.best_loss:
             self.best_loss, self.best_step = self.last_eval["loss"], self.step
-            self.mend.save_pretrained(self.output)
+            self.algorithm.save_pretrained(self.output)
         scores = {k: v if math.isfinite(v) else None for k, v in self.last_eval.items()}
         self._log({"step": self.step, "eval": scores, "best_step": self.best_step})
 
@@ -258,7 +263,7 @@ class Trainer:
         for i in range(0, len(self.eval_episodes), size):
             chunk = self.eval_episodes[i : i + size]
             scores = run_episodes(
-                self.mend, self.eval_replay, chunk, self.config.outer, merge=False
+                self.algorithm, self.eval_replay, chunk, self.config.outer, merge=False
             )
             parts += [{k: v * len(chunk) for k, v in self._means(scores).items()}]
         count = len(self.eval_episodes)
@@ -288,7 +293,7 @@ class Trainer:
         state = self._state()
         tie = digest(state)
         write_json(scratch / "state.json", state)
-        write_tensors(scratch / "editor.safetensors", self.mend.editor.state_dict(), tie)
+        write_tensors(scratch / "editor.safetensors", self.algorithm.editor.state_dict(), tie)
         write_tensors(scratch / "optimizer.safetensors", self.optimizer.state(), tie)
         scratch.rename(path)
         for old in self.checkpoints.glob("step-*"):
@@ -316,7 +321,7 @@ class Trainer:
                 "repeat that run's settings or choose another output folder"
             )
         self.optimizer.load(optimizer, files[1], stepped=state["step"] > state["skipped"])
-        load_state(self.mend.editor, editor, files[0])
+        load_state(self.algorithm.editor, editor, files[0])
         for name in PROGRESS:
             setattr(self, name, state[name])
         self.best_loss = math.inf if state["best_loss"] is None else state["best_loss"]

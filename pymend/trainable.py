@@ -1,0 +1,285 @@
+"""Algorithms whose editor is trained: what the outer loop, files and the command line see of them.
+
+MEND is one; the rivals KE and ENN are others. Each has a ``kind``, which its folder names.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from pymend.algorithm import Algorithm, AnyEdit
+from pymend.capture import Factors, capture
+from pymend.config import EditorConfig, EditRequest, TrainConfig, from_json, to_json
+from pymend.edit import fingerprint
+from pymend.files import digest, read_json, read_tensors, writable_dir, write_json, write_tensors
+from pymend.losses import LabelRows, mean_of_seen
+from pymend.models import EditedWeight, find_weights, weight_of
+from pymend.replay import Replay
+from pymend.tokens import Batch, Row
+
+A = TypeVar("A", bound="Trainable")
+
+
+class Trainable(Algorithm):
+    """An algorithm with an editor: parameters that ``Trainer`` fits.
+
+    Build one with :meth:`from_config` and train it, or load one with :meth:`from_pretrained`. The
+    model is passed to each call and never changed or kept.
+
+    Args:
+        sizes: what the editor takes from its model besides the weights; saved with it.
+        n_edits: simultaneous edits it is trained for.
+    """
+
+    kind: ClassVar[str]
+    config_type: ClassVar[type[EditorConfig]]
+    low_rank: ClassVar[bool] = True  # its edits are ``pymend.Edit``: they can be saved and merged
+
+    config: EditorConfig
+    editor: nn.Module
+
+    def __init__(
+        self,
+        config: EditorConfig,
+        weights: Sequence[EditedWeight],
+        editor: nn.Module,
+        sizes: Mapping[str, Any] | None = None,
+        n_edits: int = 1,
+    ) -> None:
+        self.config = config
+        self.weights = tuple(weights)
+        self.editor = editor
+        self.sizes = dict(sizes or {})
+        self.n_edits = n_edits
+        self.model_fingerprint = ""  # of the model it was trained on; only warns
+
+    @classmethod
+    def from_config(cls: type[A], model: nn.Module, config: EditorConfig | None = None) -> A:
+        """An untrained editor for ``model``, on its device.
+
+        Raises:
+            ValueError: the configuration names weights that do not exist or cannot be edited.
+        """
+        config = config or cls.config_type()
+        weights = find_weights(model, config.edit, config.blocks)
+        made: A = cls(config, weights, **cls.sizes_of(model))  # type: ignore[arg-type]
+        made.model_fingerprint = fingerprint(model, weights)
+        made.editor.to(next(model.parameters()).device)
+        return made
+
+    @classmethod
+    def sizes_of(cls, model: nn.Module) -> dict[str, Any]:
+        """What the constructor wants to know of ``model`` besides its weights; plain JSON."""
+        return {}
+
+    # -- training ----------------------------------------------------------------------------
+
+    @property
+    def step_sizes(self) -> nn.Parameter | None:
+        """The learned step sizes [weights], of an algorithm that has some."""
+        return None
+
+    def parameter_groups(self, config: TrainConfig) -> list[tuple[list[nn.Parameter], float]]:
+        """What is trained, and at which rate."""
+        alpha = self.step_sizes
+        rest = [p for p in self.editor.parameters() if p is not alpha]
+        own = [] if alpha is None else [([alpha], config.alpha_lr)]
+        return [(rest, config.lr), *own]
+
+    @abstractmethod
+    def differentiable(
+        self, replay: Replay, rows: Sequence[Row], episodes: int, merge: bool
+    ) -> AnyEdit:
+        """Independent edits, one an episode, through which gradients reach the editor.
+
+        Args:
+            rows: that many equal groups of simultaneous edits.
+            merge: training: take the captured rows into the running moments, if there are any.
+
+        Raises:
+            NonFiniteError: the captured gradients or the factors are not finite.
+        """
+
+    def penalty(self, replay: Replay, locality: Batch, base: LabelRows) -> Tensor | None:
+        """What the outer loss has besides edit and locality loss, [episodes]; None for nothing.
+
+        Args:
+            locality: one row an episode.
+            base: the model on it.
+        """
+        return None
+
+    # -- editing -----------------------------------------------------------------------------
+
+    def _edit(
+        self, model: nn.Module, tokenizer: Any, requests: list[EditRequest], joint: bool, chat: bool
+    ) -> AnyEdit:
+        if joint and requests and len(requests) != self.n_edits:
+            warnings.warn(
+                f"this editor was trained for n_edits={self.n_edits} at once, not for "
+                f"{len(requests)}: the size of an edit grows with their number",
+                stacklevel=3,
+            )
+        return super()._edit(model, tokenizer, requests, joint, chat)
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse a model that this editor does not fit.
+
+        Raises:
+            ValueError: ``model`` lacks an edited weight or has it in another shape.
+        """
+        for w in self.weights:
+            weight_of(model, w)
+
+    def fit(self, model: nn.Module) -> str:
+        """Move the editor to ``model``'s device; return the model's fingerprint.
+
+        Warns if the editor was trained on other values of the edited weights.
+
+        Raises:
+            ValueError: as :meth:`check`.
+        """
+        self.check(model)
+        own = fingerprint(model, self.weights)
+        if self.model_fingerprint and self.model_fingerprint != own:
+            warnings.warn(
+                "this editor was trained on another model: the edited weights differ, so its edits "
+                "may not take; train it on this model",
+                stacklevel=4,
+            )
+        self.editor.to(next(model.parameters()).device)
+        return own
+
+    def scale_(self: A, strength: float) -> A:
+        """Multiply every step size by ``strength``, in place, and return the algorithm.
+
+        Below 1 edits take less often and disturb less; 1 is as trained.
+
+        Raises:
+            ValueError: ``strength`` is not positive and finite, or there are no step sizes.
+        """
+        if not 0 < strength < math.inf:
+            raise ValueError(f"strength is {strength}; it must be above 0 and finite")
+        if self.step_sizes is not None:
+            with torch.no_grad():
+                self.step_sizes.mul_(strength)
+        elif strength != 1:
+            raise ValueError(f"strength is {strength}, but {self.kind} has no step sizes to scale")
+        return self
+
+    # -- files -------------------------------------------------------------------------------
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``editor.safetensors`` and ``editor.json`` into ``folder``, each atomically.
+
+        Raises:
+            PermissionError: ``folder`` cannot be written.
+        """
+        path = writable_dir(folder)
+        description = {
+            "kind": self.kind,
+            "config": to_json(self.config),
+            "weights": [asdict(w) for w in self.weights],
+            "sizes": self.sizes,
+            "model_fingerprint": self.model_fingerprint,
+        }
+        write_tensors(path / "editor.safetensors", self.editor.state_dict(), digest(description))
+        write_json(path / "editor.json", description)
+
+    @classmethod
+    def from_pretrained(cls: type[A], folder: str | Path, device: str | torch.device = "cpu") -> A:
+        """Read what :meth:`save_pretrained` wrote.
+
+        Raises:
+            FileNotFoundError: no such editor.
+            ValueError: an editor of another kind, a truncated file, foreign or missing keys, or
+                tensors of other shapes.
+        """
+        path = Path(folder)
+        description = read_json(path / "editor.json")
+        if kind_of(description) != cls.kind:
+            raise ValueError(
+                f"{path} holds an editor of the kind {kind_of(description)}, not {cls.kind}"
+            )
+        tensors = read_tensors(path / "editor.safetensors", digest(description))
+        try:
+            config = from_json(cls.config_type, description["config"], str(path / "editor.json"))
+            weights = [EditedWeight(**w) for w in description["weights"]]
+            loaded: A = cls(config, weights, **description.get("sizes", {}))  # type: ignore[arg-type]
+            loaded.model_fingerprint = description["model_fingerprint"]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path / 'editor.json'} is no editor: {error}") from error
+        load_state(loaded.editor, tensors, path / "editor.safetensors")
+        loaded.editor.to(device)
+        return loaded
+
+
+def kind_of(description: Mapping[str, Any]) -> str:
+    """The kind that an ``editor.json`` names; MEND's was the only one before files named it."""
+    return str(description.get("kind", "mend"))
+
+
+def edit_gradient(
+    replay: Replay,
+    weights: Sequence[EditedWeight],
+    rows: Sequence[Row],
+    episodes: int,
+    batch_mean: bool = False,
+    second_order: bool = False,
+) -> tuple[dict[str, Factors], Tensor]:
+    """(u, delta) of the edit loss for the tokens of ``rows`` (paper, section 3.1).
+
+    The loss is a token mean for each row, summed over rows, so that an edit does not depend on its
+    batch mates.
+
+    Args:
+        replay: has loaded ``rows``.
+        episodes: ``rows`` are that many equal groups of simultaneous edits.
+        batch_mean: one token mean over all rows of an episode instead.
+        second_order: u and delta are differentiable in whatever the model's output depends on.
+
+    Returns:
+        The factors, and the token or class that the model predicts at each label position [k].
+
+    Raises:
+        NonFiniteError: a captured row is not finite.
+    """
+    batch = Batch.of(rows, replay.device)
+    size = len(rows) // episodes if batch_mean else 1
+    with capture(replay.model, weights, second_order) as tape:
+        look = replay.label_rows(batch).losses(batch.target, second_order=second_order)
+        means = mean_of_seen(look.nll, batch.target, batch.row // size, len(rows) // size)
+        return tape.backward(means.sum(), episodes), look.best
+
+
+def stacked(rows: Tensor, counts: Sequence[int]) -> Tensor:
+    """Flat rows [n, .] of several edits as [episodes, rows, .], zero rows behind short ones."""
+    return pad_sequence(list(rows.split(list(counts))), batch_first=True)
+
+
+def load_state(module: nn.Module, tensors: Mapping[str, Tensor], where: Path) -> None:
+    """Load ``tensors`` into ``module`` only if names and shapes all agree.
+
+    Raises:
+        ValueError: names the first key that is missing, foreign or of another shape.
+    """
+    own = module.state_dict()
+    for name in sorted(own.keys() ^ tensors.keys()):
+        kind = "lacks" if name in own else "has the foreign key"
+        raise ValueError(f"{where} {kind} {name}; it was written for another editor")
+    for name, value in tensors.items():
+        if value.shape != own[name].shape:
+            raise ValueError(
+                f"{where}: {name} is {tuple(value.shape)}, expected {tuple(own[name].shape)}"
+            )
+    module.load_state_dict(dict(tensors))
