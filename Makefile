@@ -26,7 +26,7 @@ quality: style  ## style and types
 	$(BIN)/mypy
 
 test: build style  ## style, the suite without its slow part, a small part under sanitizers
-	PYMEND_REQUIRE_KERNELS=1 $(PYTEST) -m "not slow"
+	PYMEND_REQUIRE_KERNELS=1 OMP_NUM_THREADS=1 $(PYTEST) -n 2 -m "not slow"
 	@$(MAKE) --no-print-directory asan
 
 test-slow: build
