@@ -126,8 +126,8 @@ def test_any_shape(backend, data):
     t, n, a, b = (data.draw(sizes) for _ in range(4))
     x, u, delta, cotangent = (data.draw(factors(*s)) for s in ((t, a), (n, a), (n, b), (t, b)))
     alpha = torch.tensor(data.draw(st.sampled_from((0.0, 1e-3, -2.0))))
-    # float16 has no room for these scales; where terms cancel, luck decides whose bfloat16 roundings
-    # are the smaller: the fixed samples have enough elements to tell.
+    # float16 has no room for these scales. Where terms cancel, luck decides whose bfloat16
+    # roundings are smaller: the fixed samples have enough elements to tell.
     dtype = data.draw(st.sampled_from((torch.float64, torch.float32)))
     assert_right(backend, Case(x, u, delta, alpha, cotangent).map(lambda t: t.to(dtype)))
 
