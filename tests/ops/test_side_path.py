@@ -120,16 +120,28 @@ def test_by_hand(backend):
     assert delta.tolist() == [[5.5, 0.0, 55.0]] and alpha.item() == 825.0
 
 
+def assert_bounded(backend: str, case: Case) -> None:
+    """Within the rounding of sums as long as these, of terms that do not cancel.
+
+    Where they do, luck decides whose error is the smaller, ours or eager's.
+    """
+    exact, size = (results(dense, case.map(f)) for f in (Tensor.double, lambda t: t.double().abs()))
+    kind = torch.finfo(case.x.dtype)
+    terms = case.x.shape[0] + sum(case.u.shape) + case.delta.shape[1] + 4
+    for ours, truth, most in zip(run(backend, case), exact, size, strict=True):
+        allowed = terms * (kind.eps * most + kind.tiny)
+        assert ours.dtype == case.x.dtype
+        assert ((ours.double() - truth).abs() <= allowed).all()
+
+
 @settings(max_examples=30, deadline=None)
 @given(data=st.data())
 def test_any_shape(backend, data):
     t, n, a, b = (data.draw(sizes) for _ in range(4))
     x, u, delta, cotangent = (data.draw(factors(*s)) for s in ((t, a), (n, a), (n, b), (t, b)))
     alpha = torch.tensor(data.draw(st.sampled_from((0.0, 1e-3, -2.0))))
-    # float16 has no room for these scales. Where terms cancel, luck decides whose bfloat16
-    # roundings are smaller: the fixed samples have enough elements to tell.
-    dtype = data.draw(st.sampled_from((torch.float64, torch.float32)))
-    assert_right(backend, Case(x, u, delta, alpha, cotangent).map(lambda t: t.to(dtype)))
+    dtype = data.draw(st.sampled_from(DTYPES[:3]))  # float16 has no room for these scales
+    assert_bounded(backend, Case(x, u, delta, alpha, cotangent).map(lambda t: t.to(dtype)))
 
 
 @pytest.mark.parametrize("name", [n for n in samples(torch.float64) if n != "no edits"])
