@@ -81,7 +81,7 @@ class Recipe:
     warmup: int = 200
     check: int = 200
     passages: int = 0
-    enough: float = 0.99
+    enough: float = 0.98
     bar: float = 0.95
     subjects: int = 0
 
