@@ -301,9 +301,16 @@ def _parsers() -> tuple[_Parser, argparse.ArgumentParser]:
     _add_settings(demo, "training", TrainConfig, defaults=False)
     _add_settings(demo, "editor", MendConfig, defaults=False)
 
-    models = commands.add_parser("models", help="list known models and what is edited in them")
-    models.set_defaults(run=_models)
-    models.add_argument("names", nargs="*", metavar="NAME", help="default: all of them")
+    models = commands.add_parser("models", help="list known models, make small ones")
+    models.set_defaults(run=_list_models, names=[])
+    actions = models.add_subparsers(dest="action", metavar="ACTION")
+    listed = actions.add_parser("list", help="what is edited in known models; the default")
+    listed.add_argument("names", nargs="*", metavar="NAME", help="default: all of them")
+    made = actions.add_parser("make", help="train a small model on the built-in facts, in minutes")
+    made.set_defaults(run=_make_model)
+    made.add_argument("name", metavar="NAME", help="bart-mini, t5-mini, bert-mini or gpt2-mini")
+    made.add_argument("--seed", type=int, default=0, help="of its weights and of what it reads")
+    made.add_argument("--threads", type=int, help="CPU threads")
     cli_data.add(commands, _add_machine, _model)
     return parser, train
 
@@ -665,23 +672,39 @@ def _demo(args: argparse.Namespace) -> None:
         raise KeyboardInterrupt("interrupted; run the same command again to continue") from None
 
 
-def _models(args: argparse.Namespace) -> None:
+def _list_models(args: argparse.Namespace) -> None:
     import torch
 
     from pymend.editor import Editor
-    from pymend.models import PAPER, find_weights
+    from pymend.models import PAPER, find_weights, mini
     from pymend.models.presets import preset, presets
     from pymend.report import blockwise, table
 
     rows = []
-    for known in [preset(name) for name in args.names] or presets().values():
-        kind = PAPER if known.weights else "mlp"
-        weights = find_weights(known.skeleton(), (kind,))
+    for name in args.names or [*presets(), *mini.RECIPES]:
+        small = name in mini.RECIPES
+        kind = PAPER if not small and preset(name).weights else "mlp"
+        model = mini.skeleton(name) if small else preset(name).skeleton()
+        weights = find_weights(model, (kind,))
         with torch.device("meta"):
             count = sum(p.numel() for p in Editor(weights, MendConfig()).nets_parameters())
         names = blockwise([w.name for w in weights])
-        rows.append((known.name, kind, " ".join(names), f"{count / 1e6:.1f}M"))
+        rows.append((name, kind, " ".join(names), f"{count / 1e6:.1f}M"))
     print(table(("model", "--edit", "weights", "editor"), rows, (36, 6, 64, 8)))
+
+
+def _make_model(args: argparse.Namespace) -> None:
+    import torch
+
+    from pymend.models import mini
+    from pymend.report import table
+
+    _at_least_one(args, "threads")
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    place = mini.make(args.name, args.seed)
+    print(table(("mini.json", ""), [(k, str(v)) for k, v in mini.card(place).items()]))
+    print(f"the model is in {place}; use it with: --model {place if args.seed else args.name}")
 
 
 # -- shared by the commands ------------------------------------------------------------------

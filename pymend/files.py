@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -52,6 +53,21 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a folder of the cache was filled to the end."""
+    return (folder / "complete.json").is_file()
+
+
+def install(ready: Path, folder: Path) -> None:
+    """Move a complete folder into its place, unless another process has put it there by now."""
+    try:
+        ready.rename(folder)
+    except OSError:  # something is there
+        if not is_complete(folder):
+            shutil.rmtree(folder)
+            ready.rename(folder)
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

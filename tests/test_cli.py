@@ -25,7 +25,7 @@ from pymend.cli import HELP, main, parse, read_settings, settings_of
 from pymend.config import EDITORS, MendConfig, TrainConfig
 from pymend.data import write_jsonl
 from pymend.edit import Edit
-from pymend.files import digest, read_json, read_tensors, write_json, write_tensors
+from pymend.files import digest, install, read_json, read_tensors, write_json, write_tensors
 from pymend.mend import Mend
 from pymend.models import smollm2
 from pymend.models.load import load_model
@@ -390,7 +390,7 @@ def test_a_converted_model_takes_its_place_whole(
     if there != "nothing":
         place.mkdir()
         (place / ("complete.json" if there == "complete" else "config.json")).write_text("old")
-    smollm2._install(ready)
+    install(ready, place)
     now = {p.name: p.read_text() for p in place.iterdir()}
     assert now == {"complete.json": "old" if there == "complete" else "new"}
 

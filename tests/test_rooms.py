@@ -28,7 +28,7 @@ ROOMS = {
     "reference": set(),
     "files": {"config"},
     "ops": {"_lib"},
-    "models": {"config", "files", "ops"},
+    "models": {"config", "data", "files", "ops", "tokens"},
     "tokens": {"config"},
     "losses": {"ops", "tokens"},
     "capture": {"models"},

@@ -1,4 +1,4 @@
-"""A model and its tokenizer from a folder, a hub name, or ``smollm2``."""
+"""A model and its tokenizer from a folder, a hub name, ``smollm2``, or one of the mini models."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from pymend.models import smollm2
+from pymend.models import mini, smollm2
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -28,7 +28,8 @@ def load_model(
     """Load a decoder, an encoder-decoder or a classifier, in evaluation mode, and its tokenizer.
 
     Args:
-        name: ``smollm2`` (no hub needed), a transformers folder, or a name on the hub.
+        name: ``smollm2`` or a mini model (no hub needed), a transformers folder, or a name on the
+            hub.
         dtype: one of ``DTYPES``; ``auto`` keeps what the model was saved in.
         device: a torch device; by default the GPU if there is one.
 
@@ -42,7 +43,7 @@ def load_model(
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
     target = _device(device)
-    source = str(smollm2.prepare()) if name == "smollm2" else name
+    source = _source(name)
     local = Path(source).expanduser()
     if local.exists():
         source = str(local)
@@ -80,6 +81,13 @@ def _auto(config: PretrainedConfig) -> Any:
     if any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
         return AutoModelForSequenceClassification
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
+def _source(name: str) -> str:
+    """Where transformers finds the model called ``name``; made first, if this package makes it."""
+    if name == "smollm2":
+        return str(smollm2.prepare())
+    return str(mini.make(name)) if name in mini.RECIPES else name
 
 
 def _device(name: str | None) -> torch.device:

