@@ -5,6 +5,7 @@ An algorithm turns rows into an edit of a model; the trainer, the evaluator and 
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -40,10 +41,11 @@ class Algorithm(ABC):
     """Computes edits for the facts it is asked to change. The model is never changed or kept.
 
     ``weights``: the matrices it edits; whatever lies below them is the same before and after an
-    edit.
+    edit. ``n_edits``: the simultaneous edits it was trained for; None if it was not.
     """
 
     weights: tuple[EditedWeight, ...]
+    n_edits: int | None = None
 
     @abstractmethod
     def fit(self, model: nn.Module) -> str:
@@ -63,6 +65,15 @@ class Algorithm(ABC):
         Raises:
             ValueError: something in the edits is not finite.
         """
+
+    def expect(self, count: int) -> None:
+        """Warn if this was not trained for ``count`` simultaneous edits."""
+        if self.n_edits not in (None, count):
+            warnings.warn(
+                f"this editor was trained for n_edits={self.n_edits} at once, not for {count}: "
+                "the size of an edit grows with their number",
+                stacklevel=4,
+            )
 
     def replay(self, model: nn.Module, keep: bool = False) -> Replay:
         """The model as this algorithm runs it."""
@@ -116,6 +127,8 @@ class Algorithm(ABC):
     ) -> AnyEdit:
         if not requests:
             raise ValueError("no request to edit; give at least one")
+        if joint:
+            self.expect(len(requests))
         encoder = Encoder.for_model(model, tokenizer, chat)
         rows = [encoder.row(r.prompt, r.target) for r in requests]
         known = self.fit(model)

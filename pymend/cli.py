@@ -284,6 +284,7 @@ def _parsers() -> tuple[_Parser, argparse.ArgumentParser]:
     evaluate.add_argument("--output", metavar="FILE", help="write the results as JSON")
     evaluate.add_argument("--ppl-text", metavar="FILE", help="text for the perplexity drawdown")
     evaluate.add_argument("--batch-size", type=int, default=16, help="edits in one pass")
+    evaluate.add_argument("--n-edits", type=int, default=1, help="simultaneous edits")
     _add_model(evaluate)
 
     demo = commands.add_parser("demo", help="train, edit, undo and measure on built-in facts")
@@ -560,7 +561,16 @@ def _eval(args: argparse.Namespace) -> None:
     algorithm_for = _algorithm(args)
     model, tokenizer = _model(args)
     algorithm = algorithm_for(model, tokenizer)
-    result = evaluate(algorithm, model, tokenizer, data, args.batch_size, text, args.chat)
+    result = evaluate(
+        algorithm,
+        model,
+        tokenizer,
+        data,
+        args.batch_size,
+        text,
+        args.chat,
+        n_edits=args.n_edits,
+    )
     metrics = result.to_dict()
     print(metrics_table(metrics))
     print(metrics["protocol"])

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from pymend.algorithm import Algorithm, AnyEdit
 from pymend.capture import Factors, capture
-from pymend.config import EditorConfig, EditRequest, TrainConfig, from_json, to_json
+from pymend.config import EditorConfig, TrainConfig, from_json, to_json
 from pymend.edit import fingerprint
 from pymend.files import digest, read_json, read_tensors, writable_dir, write_json, write_tensors
 from pymend.losses import LabelRows, mean_of_seen
@@ -47,6 +47,7 @@ class Trainable(Algorithm):
 
     config: EditorConfig
     editor: nn.Module
+    n_edits: int
 
     def __init__(
         self,
@@ -120,17 +121,6 @@ class Trainable(Algorithm):
         return None
 
     # -- editing -----------------------------------------------------------------------------
-
-    def _edit(
-        self, model: nn.Module, tokenizer: Any, requests: list[EditRequest], joint: bool, chat: bool
-    ) -> AnyEdit:
-        if joint and requests and len(requests) != self.n_edits:
-            warnings.warn(
-                f"this editor was trained for n_edits={self.n_edits} at once, not for "
-                f"{len(requests)}: the size of an edit grows with their number",
-                stacklevel=3,
-            )
-        return super()._edit(model, tokenizer, requests, joint, chat)
 
     def check(self, model: nn.Module) -> None:
         """Refuse a model that this editor does not fit.

@@ -88,10 +88,9 @@ def test_evaluation_is_the_same(family: Any, monkeypatch: pytest.MonkeyPatch) ->
         kernels(monkeypatch, value)
         scores.append(evaluate(mend, model, text, facts(9), batch_size=4, progress=False))
     ours, theirs = scores
-    assert ours.records == theirs.records
+    assert ours.perplexity == pytest.approx(theirs.perplexity, rel=1e-5)
     assert any(r.locality < 1 for r in ours.records), "the edits do something"
-    for name in ("perplexity_before", "perplexity_after"):
-        assert getattr(ours, name) == pytest.approx(getattr(theirs, name), rel=1e-5)
+    assert ours.records == theirs.records
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -138,8 +139,8 @@ def test_metrics_equal_a_loop_over_merged_models(family: str, text: str | None) 
     expected = slow_loop(model, data, text)
     metrics = run(model, data, ppl_text=text)
     before, after = expected.pop("perplexity")
-    assert metrics.perplexity_before == pytest.approx(before, rel=1e-6)
-    assert metrics.perplexity_after == pytest.approx(after, rel=1e-6)
+    assert metrics.perplexity[0] == pytest.approx(before, rel=1e-6)
+    assert metrics.perplexity[1] == pytest.approx(after, rel=1e-6)
     for name, values in expected.items():
         assert [getattr(r, name) for r in metrics.records] == pytest.approx(values), name
     assert metrics.to_dict()["perplexity_drawdown"] == pytest.approx(after - before, rel=1e-5)
@@ -155,10 +156,10 @@ def test_order_and_batch_size_do_not_matter() -> None:
     for batch_size in (1, 3, 100):
         other = run(model, data, batch_size=batch_size)
         assert other.records == first.records
-        assert other.perplexity_after == pytest.approx(first.perplexity_after, rel=1e-9)
+        assert other.perplexity[1] == pytest.approx(first.perplexity[1], rel=1e-9)
     back = run(model, data[::-1], batch_size=2)
     assert back.records[::-1] == first.records
-    assert back.perplexity_after == pytest.approx(first.perplexity_after, rel=1e-9)
+    assert back.perplexity[1] == pytest.approx(first.perplexity[1], rel=1e-9)
 
 
 def test_a_text_beyond_the_context_is_cut_and_never_a_chat(
@@ -180,7 +181,7 @@ def test_a_text_beyond_the_context_is_cut_and_never_a_chat(
         mend, model, talker, records(), ppl_text=" ".join(words), chat=True, progress=False
     )
     _, nll, tokens = look(model, text)
-    assert metrics.perplexity_before == pytest.approx(math.exp(nll / tokens), rel=1e-9)
+    assert metrics.perplexity[0] == pytest.approx(math.exp(nll / tokens), rel=1e-9)
     assert metrics.perplexity_text == f"the first {CONTEXT} tokens of a text"
     assert max(passes) == 1  # a text is long: its logits under one edit at a time
 
@@ -191,9 +192,60 @@ def test_a_text_without_two_tokens(text: str) -> None:
         run(gpt2(), records(), ppl_text=text)
 
 
-def test_a_batch_of_nothing() -> None:
-    with pytest.raises(ValueError, match="batch_size is 0; it must be at least 1"):
-        run(gpt2(), records(), batch_size=0)
+@pytest.mark.parametrize("name", ["batch_size", "n_edits"])
+def test_a_batch_of_nothing(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} is 0; it must be at least 1"):
+        run(gpt2(), records(), **{name: 0})
+
+
+@pytest.mark.parametrize("text", [None, " ".join(WORDS[5:20])], ids=["locality", "text"])
+def test_several_edits_at_once(text: str | None) -> None:
+    """As a loop that merges the joint edit of every group; what fills no group is left out."""
+    model, data = gpt2(dtype=torch.float64), facts(7)
+    neighbour = Probe(data[1].prompt, data[1].ground_truth)
+    data[0] = replace(data[0], locality=(*data[0].locality, neighbour))
+    with pytest.warns(UserWarning, match="trained for n_edits=1 at once, not for 3"):
+        metrics = run(model, data, ppl_text=text, n_edits=3)
+    assert metrics.n_edits == 3 and len(metrics.records) == 6
+    mend, encoder = seasoned_mend(model, alpha=ALPHA["gpt2"]), Encoder(tokenizer())
+    nll, tokens, success, same = [0.0, 0.0], 0, [], []
+    for group in (data[:3], data[3:6]):
+        rows = [encoder.request(r) for r in group]
+        kept = [[x for x in r.locality if x.prompt != rows[1].edit.prompt] for r in rows]
+        whole = [Row(x.ids, 0, x.answer) for part in kept for x in part]
+        counted = whole if text is None else [encoder.row(text)]
+        with pytest.warns(UserWarning):
+            edit = mend.edit(model, tokenizer(), group)
+        looks = []
+        for _ in range(2):
+            looks.append([[look(model, x)[0] for x in part] for part in kept])
+            nll[len(looks) - 1] += sum(look(model, x)[1] for x in counted)
+            if len(looks) == 1:
+                edit.merge_(model)
+        tokens += sum(look(model, x)[2] for x in counted)
+        success += [float(look(model, r.edit)[0] == r.edit.targets()) for r in rows]
+        for before, after in zip(*looks, strict=True):
+            agree = [
+                sum(a == b for a, b in zip(x, y, strict=True)) / len(x)
+                for x, y in zip(before, after, strict=True)
+            ]
+            same.append(mean(agree))
+        edit.unmerge_(model)
+    assert [r.edit_success for r in metrics.records] == success
+    assert [r.locality for r in metrics.records] == pytest.approx(same)
+    assert metrics.perplexity == pytest.approx([math.exp(x / tokens) for x in nll], rel=1e-6)
+    assert len(set(same)) > 1
+
+
+def test_fewer_records_than_one_group() -> None:
+    with pytest.raises(ValueError, match="2 records to evaluate; give at least 3"):
+        run(gpt2(), facts(2), n_edits=3)
+
+
+def test_perplexity_has_an_interval() -> None:
+    result = run(gpt2(dtype=torch.float64), records()).to_dict()
+    low, high = result["intervals_95"]["perplexity_drawdown"]
+    assert low < result["perplexity_drawdown"] < high
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
@@ -237,7 +289,7 @@ def test_an_edit_that_does_nothing_scores_as_the_model_does() -> None:
     assert metrics.value("locality") == 1
     assert metrics.value("accuracy_drawdown") == 0
     assert metrics.value("edit_success") == metrics.value("edit_success_before")
-    assert metrics.perplexity_after == pytest.approx(metrics.perplexity_before, rel=1e-12)
+    assert metrics.perplexity[1] == pytest.approx(metrics.perplexity[0], rel=1e-12)
 
 
 def test_means_and_intervals() -> None:

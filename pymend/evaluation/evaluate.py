@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,50 +37,64 @@ def evaluate(
     ppl_text: str | None = None,
     chat: bool = False,
     progress: bool = True,
+    n_edits: int = 1,
 ) -> Metrics:
-    """Edit ``model`` with each record alone and measure what changed.
+    """Edit ``model`` with each record alone, or with so many at once, and measure what changed.
 
     Args:
         algorithm: computes the edits.
         data: records; rephrases, locality prompts and true answers are used where present.
-        batch_size: independent edits computed and looked at together.
+        batch_size: independent edits computed and looked at together; joint ones go one by one.
         ppl_text: text whose perplexity is compared, as it stands (no chat template) and up to the
             model's context or 256 tokens; without it, the locality texts.
         chat: put prompts through the tokenizer's chat template.
+        n_edits: simultaneous edits. Records that fill no such group are left out, and so are
+            locality prompts that are edited in their own group.
 
     Raises:
-        ValueError: no data, a record that cannot be tokenised or gives an edit that is not finite,
-            an empty text, or a model that does not fit.
+        ValueError: fewer records than one group, a record that cannot be tokenised or gives an edit
+            that is not finite, an empty text, or a model that does not fit.
     """
-    if not data:
-        raise ValueError("no records to evaluate; give at least one")
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+    if min(batch_size, n_edits) < 1:
+        name = "batch_size" if batch_size < 1 else "n_edits"
+        raise ValueError(f"{name} is {min(batch_size, n_edits)}; it must be at least 1")
+    if len(data) < n_edits:
+        raise ValueError(f"{len(data)} records to evaluate; give at least {n_edits}")
     encoder = Encoder.for_model(model, tokenizer, chat)
     algorithm.fit(model)
-    encoded = encoder.requests(data)
+    algorithm.expect(n_edits)
+    encoded = encoder.requests(data[: len(data) // n_edits * n_edits])
+    size = batch_size if n_edits == 1 else n_edits
     text = None if ppl_text is None else _text_row(encoder, ppl_text)
     scores: list[RecordScores] = []
-    nll, tokens, edit_seconds = torch.zeros(2, dtype=torch.float64), 0, 0.0
+    edit_seconds = 0.0
     begin = time.perf_counter()
     bar = tqdm(total=len(encoded), desc="evaluate", disable=not progress)
     with frozen(model), bar:
-        for i in range(0, len(encoded), batch_size):
-            chunk = encoded[i : i + batch_size]
+        for i in range(0, len(encoded), size):
+            chunk = encoded[i : i + size]
+            if n_edits > 1:
+                chunk = _disjoint(chunk)
             try:
-                look = _Look(algorithm, model, chunk, text)
+                look = _Look(algorithm, model, chunk, text, n_edits > 1)
             except NonFiniteError:
                 _name_culprit(algorithm, model, chunk, i)
                 raise
             edit_seconds += look.edit_seconds
             scores += look.scores()
-            nll += look.nll
-            tokens += look.tokens
             bar.update(len(chunk))
-    before, after = (nll / tokens).exp().tolist() if tokens else (None, None)
     named = "the locality texts" if text is None else f"the first {len(text.ids)} tokens of a text"
     seconds = time.perf_counter() - begin
-    return Metrics(scores, before, after, named, seconds, edit_seconds, peak_memory_bytes())
+    return Metrics(scores, n_edits, named, seconds, edit_seconds, peak_memory_bytes())
+
+
+def _disjoint(chunk: Sequence[EncodedRequest]) -> list[EncodedRequest]:
+    """Records edited together, without the locality prompts that one of them edits."""
+    edited = {row.prompt for r in chunk for row in (r.edit, *r.rephrases)}
+    return [
+        replace(r, locality=tuple(row for row in r.locality if row.prompt not in edited))
+        for r in chunk
+    ]
 
 
 def _text_row(encoder: Encoder, text: str) -> Row:
@@ -114,7 +129,7 @@ def peak_memory_bytes() -> int:
 
 
 class _Look:
-    """A chunk of records, each edited alone, looked at before and after."""
+    """A chunk of records, each edited alone or all at once, looked at before and after."""
 
     def __init__(
         self,
@@ -122,6 +137,7 @@ class _Look:
         model: nn.Module,
         chunk: Sequence[EncodedRequest],
         text: Row | None,
+        joint: bool = False,
     ) -> None:
         self.chunk = chunk
         self.replay = algorithm.replay(model)
@@ -139,7 +155,7 @@ class _Look:
 
         begin = time.perf_counter()
         self.replay.load(edits)
-        edit = algorithm.independent(self.replay, edits)
+        edit = algorithm.independent(self.replay, edits, joint)
         self.edit_seconds = time.perf_counter() - begin
 
         texts = [text] if text else []
@@ -150,15 +166,14 @@ class _Look:
             name: [group[: len(kinds[name][i])] for i, group in enumerate(looks.get(name, nothing))]
             for name in kinds
         }
-        # A class is no token: a classifier has no perplexity.
-        has_text = edits[0].label is None
-        counted = [x for group in self.results["locality"] for x in group if has_text]
         if text:
             # One edit at a time: the logits of a whole text under every edit may not fit in memory.
-            counted = [self._look(edit[i], [[text]])[0][0] for i in range(len(chunk))]
-        pairs = [[x.nll_before, x.nll_after] for x in counted]
-        self.nll = torch.tensor(pairs, dtype=torch.float64).reshape(-1, 2).sum(0)
-        self.tokens = sum(x.tokens for x in counted)
+            texts_seen = [self._look(edit[i], [[text]])[0] for i in range(len(edit))]
+            self.texts = [*texts_seen, *nothing[len(edit) :]]
+        elif edits[0].label is None:
+            self.texts = self.results["locality"]
+        else:  # a class is no token: a classifier has no perplexity
+            self.texts = nothing
 
     def _look(self, edit: AnyEdit, groups: Sequence[Sequence[Row]]) -> list[list[_RowLook]]:
         """Run equal groups of rows unedited and each under its own edit."""
@@ -205,6 +220,9 @@ class _Look:
             token_generality=mean([x.accuracy for x in at["rephrases"]]),
             prefers_new=mean(prefers),
             prefers_new_rephrased=mean(rephrased),
+            text_nll_before=sum(x.nll_before for x in self.texts[i]),
+            text_nll_after=sum(x.nll_after for x in self.texts[i]),
+            text_tokens=sum(x.tokens for x in self.texts[i]),
         )
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 EXACT = "teacher-forced exact match of all target tokens (Mitchell et al. 2022, Eq. 1)"
 TOKENS = "teacher-forced token accuracy (EasyEdit)"
@@ -19,16 +20,29 @@ def mean(values: Sequence[float | None]) -> float | None:
     return sum(present) / len(present) if present else None
 
 
-def interval(values: Sequence[float | None], resamples: int = 1000) -> list[float] | None:
+def interval(values: Sequence[float | None]) -> list[float] | None:
     """95 % bootstrap interval of the mean over records, reproducible."""
     present = [v for v in values if v is not None]
     if not present:
         return None
-    x = torch.tensor(present, dtype=torch.float64)
+    return _middle(_resampled(torch.tensor(present, dtype=torch.float64)).mean(1))
+
+
+def _resampled(x: Tensor, resamples: int = 1000) -> Tensor:
+    """Draws with replacement from the records ``x`` [n, ...]: [resamples, n, ...]."""
     generator = torch.Generator().manual_seed(0)
-    draws = torch.randint(len(x), (resamples, len(x)), generator=generator)
-    bounds = torch.quantile(x[draws].mean(1), torch.tensor([0.025, 0.975], dtype=torch.float64))
-    return bounds.tolist()
+    return x[torch.randint(len(x), (resamples, len(x)), generator=generator)]
+
+
+def _middle(draws: Tensor) -> list[float]:
+    """The bounds of the middle 95 %."""
+    return torch.quantile(draws, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+
+
+def _perplexities(x: Tensor) -> Tensor:
+    """Before and after [..., 2], from the texts of records [..., n, 3]: NLL, NLL, tokens."""
+    sums = x.sum(-2)
+    return (sums[..., :2] / sums[..., 2:]).exp()
 
 
 @dataclass
@@ -47,6 +61,10 @@ class RecordScores:
     token_generality: float | None
     prefers_new: float | None
     prefers_new_rephrased: float | None
+    # Of the text that perplexity is taken on: sums over its tokens. No score, and rounded.
+    text_nll_before: float = field(compare=False)
+    text_nll_after: float = field(compare=False)
+    text_tokens: int
 
 
 @dataclass
@@ -54,8 +72,7 @@ class Metrics:
     """Results of :func:`pymend.evaluate`; ``to_dict`` is what ``metrics.json`` holds."""
 
     records: list[RecordScores]
-    perplexity_before: float | None
-    perplexity_after: float | None
+    n_edits: int  # that were made at once
     perplexity_text: str
     seconds: float
     edit_seconds: float
@@ -65,22 +82,46 @@ class Metrics:
         """Mean of one score over the records."""
         return mean([getattr(r, name) for r in self.records])
 
+    def _texts(self) -> Tensor | None:
+        """NLL before, NLL after and tokens of every record's text [n, 3]; None without tokens."""
+        texts = [(r.text_nll_before, r.text_nll_after, r.text_tokens) for r in self.records]
+        x = torch.tensor(texts, dtype=torch.float64)
+        return x if x[:, 2].any() else None
+
+    @property
+    def perplexity(self) -> tuple[float, float] | None:
+        """Before and after, token weighted over all records; None of a model without text."""
+        x = self._texts()
+        if x is None:
+            return None
+        before, after = _perplexities(x).tolist()
+        return before, after
+
+    def _perplexity_interval(self) -> list[float] | None:
+        x = self._texts()
+        if x is None:
+            return None
+        before, after = _perplexities(_resampled(x)).nan_to_num().unbind(-1)
+        return _middle(after - before)
+
     def to_dict(self) -> dict[str, Any]:
         """A JSON object: exact match at the top, other protocols below ``protocols``."""
         names = ["edit_success", "generality", "locality", "accuracy_drawdown", "portability"]
         names += ["es_paper", "es_outer", "edit_success_before"]
-        before, after = self.perplexity_before, self.perplexity_after
+        before, after = self.perplexity or (None, None)
         drawdown = None if before is None or after is None else after - before
         n = len(self.records)
+        intervals = {k: interval([getattr(r, k) for r in self.records]) for k in names}
         return {
             **{name: self.value(name) for name in names},
             "perplexity_drawdown": drawdown,
             "n": n,
+            "n_edits": self.n_edits,
             "protocol": EXACT,
             "seconds": self.seconds,
             "edits_per_second": n / self.edit_seconds,
             "peak_memory_bytes": self.peak_memory_bytes,
-            "intervals_95": {k: interval([getattr(r, k) for r in self.records]) for k in names},
+            "intervals_95": {**intervals, "perplexity_drawdown": self._perplexity_interval()},
             "perplexity": {"before": before, "after": after, "text": self.perplexity_text},
             "locality_protocol": "share of positions predicting the locality answer whose argmax "
             "equals the unedited model's, mean over records",

@@ -70,11 +70,16 @@ class Sampler:
         return [self.episode([self.records[i] for i in group], rng) for group in groups]
 
     def episode(self, records: Sequence[EncodedRequest], rng: random.Random) -> Episode:
-        """Draw a rephrase for every record and one locality prompt, not borrowed from an edit."""
+        """Draw a rephrase for every record and one locality prompt, none that is edited."""
         rephrases = [rng.choice(r.rephrases) if r.rephrases else r.edit for r in records]
-        locality = rng.choice(records[0].locality or self.pool)
+        own = records[0].locality
+        if len(records) > 1:  # one's neighbour may be edited with it
+            taken = {row.prompt for r in records for row in (r.edit, *r.rephrases)}
+            free = [row for r in records for row in r.locality if row.prompt not in taken]
+            own = tuple(free) or own
+        locality = rng.choice(own or self.pool)
         edited = {r.edit.prompt for r in records}
-        while not records[0].locality and locality.prompt in edited:
+        while not own and locality.prompt in edited:
             locality = rng.choice(self.pool)
         return Episode(tuple(r.edit for r in records), tuple(rephrases), locality)
 
