@@ -1,4 +1,4 @@
-"""The command line: ``pymend train | edit | eval | demo | data | models``.
+"""The command line: ``pymend train | edit | eval | demo | data | models | reproduce``.
 
 The flags of training are made from ``TrainConfig`` and ``MendConfig``. A preset and a ``--config``
 file are turned into flags and put before the user's own, so that later ones win and all are checked
@@ -33,7 +33,7 @@ from typing import (
 
 import yaml
 
-from pymend import cli_data
+from pymend import cli_data, cli_reproduce
 from pymend.config import (
     EDITORS,
     CacheConfig,
@@ -313,6 +313,7 @@ def _parsers() -> tuple[_Parser, argparse.ArgumentParser]:
     made.add_argument("--seed", type=int, default=0, help="of its weights and of what it reads")
     made.add_argument("--threads", type=int, help="CPU threads")
     cli_data.add(commands, _add_machine, _model)
+    cli_reproduce.add(commands, _add_machine)
     return parser, train
 
 

@@ -1,0 +1,87 @@
+"""The command ``pymend reproduce``: the paper's tables at a scale that fits the machine."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+TABLES = ("table3", "table4", "table5", "table6", "table8", "table9", "table10", "table11")
+COSTS = ("memory", "time")
+
+
+def add(commands: Any, machine: Callable[[argparse.ArgumentParser], None]) -> None:
+    """Add the command to the parsers of ``pymend``.
+
+    Args:
+        machine: adds the flags of a model's machine to a parser.
+    """
+    parser = commands.add_parser("reproduce", help="the paper's tables, beside its numbers")
+    parser.set_defaults(run=_reproduce)
+    parser.add_argument(
+        "names", nargs="+", metavar="TABLE", help=f"all, or of {', '.join((*TABLES, *COSTS))}"
+    )
+    parser.add_argument(
+        "--scale", default="mini", help="mini, smollm2, paper, or a YAML file (default: mini)"
+    )
+    parser.add_argument("--quick", action="store_true", help="less of everything")
+    parser.add_argument("--output", metavar="DIR", help="default: runs/reproduce/SCALE[-quick]")
+    parser.add_argument("--data", metavar="DIR", help="folder of the files that a scale names")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time (default: 1)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of every training")
+    machine(parser)
+
+
+def _reproduce(args: argparse.Namespace) -> None:
+    import torch
+    from transformers.utils import logging as quiet
+
+    from pymend.files import writable_dir
+    from pymend.reproduce import costs, examples, figures, tables
+    from pymend.reproduce.plan import Run, load_scale
+    from pymend.reproduce.runs import Place, perform_all
+
+    scale = load_scale(args.scale, args.quick)
+    names = list(scale.tables) if args.names == ["all"] else args.names
+    for name in names:
+        if name not in scale.tables:
+            raise ValueError(
+                f"scale {scale.name} has no {name!r}; choose all, or of {', '.join(scale.tables)}"
+            )
+    if args.jobs < 1:
+        raise ValueError(f"jobs is {args.jobs}; it must be at least 1")
+    quiet.set_verbosity_error()
+    quiet.disable_progress_bar()
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    usual = f"runs/reproduce/{scale.name}{'-quick' if args.quick else ''}"
+    output = writable_dir(args.output or usual)
+    files = Path(args.data) if args.data else None
+    place = Place(output, files, args.dtype, args.device, args.matmul, args.seed)
+    scored = {name: table for name, table in tables.tables(scale).items() if name in names}
+    runs = [run for name, table in scored.items() for run in tables.needed(scale, name, table)]
+    shown = [name for name in names if name in examples.TITLES]
+    runs += [Run(setup, "mend") for name in shown for setup in scale.tables[name]]
+    results = perform_all(scale, list(dict.fromkeys(runs)), place, args.jobs)
+    for name in names:
+        command = _command(args, name)
+        if name in scored:
+            table = scored[name]
+            figures.draw(scale, name, table, results, output / f"{name}.png")
+            page = tables.write(scale, name, table, results, output, command, args.seed)
+        elif name in shown:
+            page = examples.write(scale, name, output, command, place)
+        else:
+            page = costs.write(scale, name, output, command, place)
+        print(page)
+
+
+def _command(args: argparse.Namespace, name: str) -> str:
+    """What makes table ``name`` again."""
+    words = ["pymend", "reproduce", name, "--scale", args.scale]
+    words += ["--quick"] if args.quick else []
+    words += ["--data", "DIR"] if args.data else []
+    words += ["--seed", str(args.seed)] if args.seed else []
+    return shlex.join(words)

@@ -1,0 +1,175 @@
+"""Memory and time of training steps and edits, each algorithm in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from pymend.algorithm import Algorithm
+from pymend.algorithms.cache import Cache
+from pymend.algorithms.finetune import FineTune
+from pymend.algorithms.registry import TRAINABLE
+from pymend.config import CacheConfig, FineTuneConfig
+from pymend.files import read_json, write_json
+from pymend.report import number
+from pymend.reproduce import data, figures
+from pymend.reproduce.plan import RIVALS, Run, Scale
+from pymend.reproduce.runs import Place, loaded, start
+from pymend.reproduce.tables import markdown, write_csv, write_text
+from pymend.training.trainer import Trainer
+
+STEPS, EDITS = 5, 10
+ALGORITHMS = ("mend", *RIVALS)
+TITLES = {"memory": "Memory", "time": "Time"}
+UNITS = {"memory": "MiB", "time": "seconds"}
+NOTE = (
+    "Each algorithm in a process of its own. Memory is the peak of resident memory (on a GPU, of "
+    "what torch allocated) on top of the loaded model and the untrained editor. Time is the median "
+    f"of {STEPS} training steps and of {EDITS} edits, one at a time, in which FT takes up to 100 "
+    "steps. The paper gives memory as a picture only, and no times."
+)
+
+
+def write(scale: Scale, name: str, folder: Path, command: str, place: Place) -> Path:
+    """Measure what ``memory`` and ``time`` show, once for both; write ``name``.md, .csv and .png.
+
+    ``costs.json`` keeps the measurements; delete it to measure again.
+    """
+    file = folder / "costs.json"
+    if not file.is_file():
+        setups = dict.fromkeys(s for part in TITLES for s in scale.tables.get(part, {}))
+        write_json(file, {"machine": machine(), "costs": _measure_all(scale, list(setups), place)})
+    known = read_json(file)
+    unit = UNITS[name]
+    kinds = [f"{what} {unit}" for what in ("editor", "step", "edit")]
+    costs = [c for c in known["costs"] if c["setup"] in scale.tables[name]]
+    kinds = [kind for kind in kinds if any(kind in c for c in costs)]
+    rows = [
+        (c["setup"], c["algorithm"], *(number(c.get(k)) for k in kinds), c["episodes in a step"])
+        for c in costs
+    ]
+    head = ("setup", "algorithm", *kinds, "episodes in a step")
+    text = [f"# {name}: {TITLES[name]}", "", f"{scale.note} {NOTE}", "", f"    {command}", ""]
+    text += [f"Machine: {known['machine']}.", "", *markdown(head, rows), ""]
+    text += [f"![{name}]({name}.png)", ""]
+    write_text(folder / f"{name}.md", "\n".join(text))
+    write_csv(folder / f"{name}.csv", head, rows)
+    panels = {
+        f"{kind}, {setup}": {
+            c["algorithm"]: max(c[kind], 1e-3) for c in costs if c["setup"] == setup and kind in c
+        }
+        for kind in kinds[-2:]
+        for setup in scale.tables[name]
+    }
+    figures.bars(f"{name}: a training step, and an edit", unit, panels, folder / f"{name}.png")
+    return folder / f"{name}.md"
+
+
+def machine() -> str:
+    """What computes here, in words."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    threads = torch.get_num_threads()
+    return f"{platform.machine()} CPU, {threads} threads, torch {torch.__version__}"
+
+
+def _measure_all(scale: Scale, setups: Sequence[str], place: Place) -> list[dict[str, Any]]:
+    """What every algorithm takes on every setup, one after the other.
+
+    A process of its own for each, since memory that was freed is not given back to the system.
+    """
+    found = []
+    context = multiprocessing.get_context("spawn")
+    setting = torch.get_num_threads(), place.matmul
+    jobs = [Run(setup, algorithm) for setup in setups for algorithm in ALGORITHMS]
+    for run in tqdm(jobs, "costs"):
+        data.prepare(scale.setups[run.setup], place.sets)
+        with ProcessPoolExecutor(
+            1, context, start, (torch.get_num_threads(), place.matmul)
+        ) as pool:
+            found.append(pool.submit(measure, scale, run, place).result())
+    return found
+
+
+def measure(scale: Scale, run: Run, place: Place) -> dict[str, Any]:
+    """Extra peak memory [MiB] and median seconds of a training step and of an edit.
+
+    Extra is what comes on top of the loaded model and the untrained editor, which is given apart.
+    """
+    setup, settings = scale.setups[run.setup], scale.settings(run)
+    model, tokenizer = loaded(setup.model, place.dtype, place.device)
+    splits = data.records(setup, place.sets, place.files)
+    train, test = splits["train"][:200], splits["test"][:EDITS]
+    result: dict[str, Any] = {"setup": run.setup, "algorithm": run.algorithm}
+    result["episodes in a step"] = settings.train.batch_size if settings.train else "-"
+    begin = _memory(model)
+    algorithm: Algorithm
+    if isinstance(settings.editor, CacheConfig):
+        algorithm = Cache(settings.editor)
+    elif isinstance(settings.editor, FineTuneConfig):
+        algorithm = FineTune.from_config(model, settings.editor, tokenizer, train)
+    else:
+        assert settings.train is not None
+        algorithm = TRAINABLE[run.algorithm].from_config(model, settings.editor)
+        result["editor MiB"] = _mib(_memory(model), begin)
+        begin = _restart(model)
+        # No shortcut by a cache: the step as it is.
+        config = replace(settings.train, steps=STEPS, save_every=2 * STEPS, prefix_cache="none")
+        with tempfile.TemporaryDirectory() as scratch:
+            Trainer(algorithm, model, tokenizer, train, [], config, scratch, progress=False).train()
+            log = (Path(scratch) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        result["step MiB"] = _mib(_peak(model), begin)
+        result["step seconds"] = statistics.median(json.loads(line)["seconds"] for line in log)
+    begin = _restart(model)
+    seconds = []
+    for request in test:
+        start = time.perf_counter()
+        algorithm.edit(model, tokenizer, request)
+        seconds.append(time.perf_counter() - start)
+    result["edit MiB"] = _mib(_peak(model), begin)
+    result["edit seconds"] = statistics.median(seconds)
+    return result
+
+
+def _mib(now: int, before: int) -> float:
+    return max(0, now - before) / 2**20
+
+
+def _on_gpu(model: Any) -> bool:
+    return bool(next(model.parameters()).device.type == "cuda")
+
+
+def _restart(model: Any) -> int:
+    """Forget the peak so far; the memory in use now, in bytes."""
+    if _on_gpu(model):
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak becomes what is resident
+    return _memory(model)
+
+
+def _memory(model: Any) -> int:
+    return torch.cuda.memory_allocated() if _on_gpu(model) else _status("VmRSS")
+
+
+def _peak(model: Any) -> int:
+    return torch.cuda.max_memory_allocated() if _on_gpu(model) else _status("VmHWM")
+
+
+def _status(name: str) -> int:
+    """A line of the process's own status, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    [value] = [line.split()[1] for line in lines if line.startswith(f"{name}:")]
+    return int(value) * 1024

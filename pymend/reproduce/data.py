@@ -1,0 +1,116 @@
+"""The records of a setup: built here from the built-in facts, or read from the user's files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pymend.config import EditRequest
+from pymend.data import load_records, without_overlap
+from pymend.data.builders import (
+    Cuts,
+    Splits,
+    fact_claims,
+    fact_passages,
+    fact_questions,
+    wikitext,
+    write_set,
+    zsre_hard_facts,
+)
+from pymend.data.builders.sets import SPLITS
+from pymend.models.load import load_model
+from pymend.reproduce.plan import Setup
+from pymend.sampling import continuations
+from pymend.tokens import Encoder
+
+VALIDATION = 1000  # records of a training file that are held back, at most: its last tenth
+BUILT_IN = {"claims": fact_claims, "qa": fact_questions, "zsre-hard": zsre_hard_facts}
+
+
+def prepare(setup: Setup, cache: Path) -> None:
+    """Write the sets of ``setup`` that are built in to ``cache``, unless they are there.
+
+    Raises:
+        ValueError: no such set is built in.
+    """
+    if not isinstance(setup.data, str):
+        return
+    for draw in range(setup.draws):
+        folder = _folder(setup, cache, draw)
+        if (folder / "card.json").is_file():
+            continue
+        if setup.data == "wikitext":
+            splits, settings = _passages(setup.model, draw)
+        elif setup.data in BUILT_IN:
+            splits, settings = BUILT_IN[setup.data](draw), {}
+        else:
+            known = ", ".join([*BUILT_IN, "wikitext"])
+            raise ValueError(f"no data set {setup.data!r} is built in; choose one of {known}")
+        write_set(folder, setup.data, splits, seed=draw, settings=settings)
+
+
+def _folder(setup: Setup, cache: Path, draw: int) -> Path:
+    # Passages are continued by the setup's own model.
+    model = f"-{Path(setup.model).name}" if setup.data == "wikitext" else ""
+    return cache / f"{setup.data}{model}-{draw}"
+
+
+def _passages(name: str, seed: int) -> tuple[Splits, dict[str, Any]]:
+    model, tokenizer = load_model(name)
+    encoder = Encoder.for_model(model, tokenizer)
+    cuts = Cuts()
+    splits = wikitext(
+        {split: fact_passages(split, seed) for split in SPLITS},
+        tokenizer,
+        lambda prompts, seeds: continuations(model, encoder, prompts, seeds, cuts.target_tokens),
+        cuts,
+        seed,
+    )
+    return splits, {"from": "facts", "sampler": Path(name).name}
+
+
+def records(setup: Setup, cache: Path, files: Path | None) -> Splits:
+    """Training, validation and test records; :func:`prepare` has been called.
+
+    Several drawings differ in prompts, targets and neighbours; a subject stays in its split.
+
+    Raises:
+        ValueError: the setup reads files, and no folder is given.
+        FileNotFoundError: a file is missing.
+    """
+    if isinstance(setup.data, str):
+        drawn = [
+            {s: load_records(_folder(setup, cache, draw) / f"{s}.jsonl") for s in SPLITS}
+            for draw in range(setup.draws)
+        ]
+        return {split: [r for part in drawn for r in part[split]] for split in SPLITS}
+    if files is None:
+        raise ValueError(f"{setup.name} reads {', '.join(setup.data.values())}; name their folder")
+    return _from_files({kind: files / name for kind, name in setup.data.items()})
+
+
+def _from_files(paths: Mapping[str, Path]) -> Splits:
+    """Splits from a folder with all three, from two files, or from the halves of one."""
+    if "folder" in paths:
+        return {split: load_records(paths["folder"] / f"{split}.jsonl") for split in SPLITS}
+    train = load_records(paths["train"])
+    test: list[EditRequest]
+    if "test" in paths:
+        test = load_records(paths["test"])
+        train = without_overlap(train, test)
+    else:
+        train, test = train[: len(train) // 2], train[len(train) // 2 :]
+    held_out = min(VALIDATION, len(train) // 10)
+    return {"train": train[:-held_out], "validation": train[-held_out:], "test": test}
+
+
+def groups(test: list[EditRequest], draws: int, n_edits: int, limit: int) -> list[EditRequest]:
+    """Up to ``limit`` records in groups of ``n_edits`` that are all of one drawing.
+
+    Within a drawing every fact occurs once, so no group edits a fact twice.
+    """
+    size = len(test) // draws
+    parts = [test[i * size : (i + 1) * size] for i in range(draws)]
+    whole = [r for part in parts for r in part[: len(part) // n_edits * n_edits]]
+    return whole[: limit // n_edits * n_edits]

@@ -1,0 +1,78 @@
+"""Table 8 and Table 10: what edits look like, in words."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pymend.algorithms.registry import load_editor
+from pymend.config import EditRequest
+from pymend.report import greedy
+from pymend.reproduce import data
+from pymend.reproduce.plan import Run, Scale
+from pymend.reproduce.runs import Place, loaded
+from pymend.reproduce.tables import markdown, write_text
+from pymend.tokens import Encoder
+
+EDITS = 10  # shown
+OTHERS = 2  # paraphrases and neighbours of each
+TOKENS = 12  # of an answer, at most
+
+TITLES = {"table8": "Generation edits", "table10": "Edits, paraphrases, neighbours"}
+
+
+def write(scale: Scale, name: str, folder: Path, command: str, place: Place) -> Path:
+    """Write ``name``.md with MEND's edits of the first test records; the editor is there."""
+    parts = [f"# {name}: {TITLES[name]}", "", scale.note, "", f"    {command}", ""]
+    for setup in scale.tables[name]:
+        model, tokenizer = loaded(scale.setups[setup].model, place.dtype, place.device)
+        editor = load_editor(place.folder(Run(setup, "mend")) / "editor")
+        records = data.records(scale.setups[setup], place.sets, place.files)["test"][:EDITS]
+        encoder = Encoder.for_model(model, tokenizer)
+
+        def answers(prompts: Sequence[str]) -> list[str]:
+            return greedy(model, encoder, prompts, TOKENS)  # noqa: B023
+
+        lines = []
+        for request in records:
+            edit = editor.edit(model, tokenizer, request)
+            lines += _table(request, answers, lambda: edit.applied(model))  # noqa: B023
+        marks = Counter(f"{line[0]} {line[4]}" for line in lines)
+        parts += [f"## {Path(scale.setups[setup].model).name}, {setup}", ""]
+        parts += [", ".join(f"{mark}: {n}" for mark, n in sorted(marks.items())), ""]
+        parts += markdown(("", "prompt", "before", "after", "mark"), lines)
+        parts.append("")
+    path = folder / f"{name}.md"
+    write_text(path, "\n".join(parts))
+    return path
+
+
+def _table(
+    request: EditRequest, answers: Callable[[Sequence[str]], list[str]], applied: Callable[[], Any]
+) -> list[tuple[str, ...]]:
+    """The answers around one edit; an answer counts if it begins with the target."""
+    prompts = [request.prompt, *request.rephrases[:OTHERS]]
+    prompts += [p.prompt for p in request.locality[:OTHERS]]
+    kinds = ["edit"] + ["paraphrase"] * len(request.rephrases[:OTHERS])
+    kinds += ["neighbour"] * (len(prompts) - len(kinds))
+    before = answers(prompts)
+    with applied():
+        after = answers(prompts)
+    lines = []
+    for kind, prompt, old, new in zip(kinds, prompts, before, after, strict=True):
+        if kind == "neighbour":
+            mark = "kept" if old == new else "over-generalised"
+        elif new.startswith(request.target):
+            mark = "took"
+        else:
+            mark = "did not take" if kind == "edit" else "under-generalised"
+        shown = f"{prompt} → {request.target}" if kind == "edit" else prompt
+        lines.append((kind, *map(_plain, (shown, old, new)), mark))
+    return lines
+
+
+def _plain(text: str) -> str:
+    """Text that does not break a Markdown table."""
+    return text.replace("|", "\\|").replace("\n", " / ")

@@ -1,0 +1,179 @@
+"""What is run: the setups of a scale, the runs that a table needs, and their settings.
+
+A *setup* is a column of the paper's tables: a model and a data set. A *run* is an algorithm on a
+setup, and gives one cell. The same run may stand in several tables, and is carried out once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pymend.config import (
+    EDITORS,
+    CacheConfig,
+    EditorConfig,
+    FineTuneConfig,
+    TrainConfig,
+    from_json,
+)
+
+SCALES = ("mini", "smollm2", "paper")
+RIVALS = ("ft", "ft+kl", "enn", "ke", "cache")
+FACTORS = (0.5, 1.0, 2.0)  # of Cache's eps*, as in the paper
+
+# Table 6 and Table 9: what is changed of MEND.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "": {},
+    "no sharing": {"shared": False},
+    "no normalisation": {"norm": False},
+    "no identity init": {"init": "xavier"},
+    "only u": {"combine": False, "x_only": True},
+    "only delta": {"combine": False, "delta_only": True},
+    "only smaller": {"combine": False, "one_sided": True},
+    "attention": {"edit": ["attention"]},
+}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A model and what it is edited on.
+
+    Args:
+        model: as ``--model`` takes it.
+        data: a data set that is built in, or its files below the folder of ``--data``.
+        draws: of a set from the built-in facts, how many drawings of targets and wordings.
+        drawdown: what an edit must not cost.
+    """
+
+    name: str
+    model: str
+    data: str | Mapping[str, str]
+    draws: int = 1
+    drawdown: str = "accuracy_drawdown"
+
+
+@dataclass(frozen=True, order=True)
+class Run:
+    """An algorithm on a setup."""
+
+    setup: str
+    algorithm: str
+    variant: str = ""
+    n_edits: int = 1
+
+    @property
+    def name(self) -> str:
+        """The name of its folder."""
+        several = f"{self.n_edits} edits" if self.n_edits > 1 else ""
+        parts = (self.setup, self.algorithm.replace("+", "-"), self.variant, several)
+        return "-".join(p.replace(" ", "-") for p in parts if p)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that a run depends on besides its setup."""
+
+    editor: EditorConfig | FineTuneConfig | CacheConfig
+    train: TrainConfig | None  # None: nothing is trained
+    records: int  # edits that are scored, at most
+    factors: tuple[float, ...] = FACTORS
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large a reproduction is: its setups, and the settings of every algorithm.
+
+    Args:
+        note: what differs from the paper, for the captions.
+        tables: of every table, the setups in it and the paper's column that each stands for.
+        algorithms: settings by name: ``train``, ``editor``, ``records``, ``factors``.
+        overrides: the same of single setups, by the setup's name.
+        batches: the numbers of simultaneous edits in Table 5.
+    """
+
+    name: str
+    note: str
+    setups: Mapping[str, Setup]
+    tables: Mapping[str, Mapping[str, str]]
+    algorithms: Mapping[str, Mapping[str, Any]]
+    overrides: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
+    batches: tuple[int, ...] = (1, 5, 25, 75, 125)
+
+    def settings(self, run: Run) -> Settings:
+        """What ``run`` is made with.
+
+        Raises:
+            ValueError: the scale's file gives a setting that does not exist.
+        """
+        given = dict(self.algorithms[run.algorithm])
+        for name, value in self.overrides.get(run.setup, {}).get(run.algorithm, {}).items():
+            given[name] = {**given.get(name, {}), **value} if isinstance(value, dict) else value
+        where = f"scale {self.name}, {run.algorithm}"
+        own = dict(given.get("editor", {}))
+        if run.algorithm not in EDITORS:
+            if run.algorithm == "cache":
+                factors = tuple(given.get("factors", FACTORS))
+                return Settings(from_json(CacheConfig, own, where), None, given["records"], factors)
+            own |= {"kl": run.algorithm == "ft+kl"}
+            return Settings(from_json(FineTuneConfig, own, where), None, given["records"])
+        own |= VARIANTS[run.variant]
+        train = dict(given["train"])
+        if run.n_edits > 1:
+            own["n_edits"] = run.n_edits
+            train |= given.get("train_several", {})
+        return Settings(
+            from_json(EDITORS[run.algorithm], own, where),
+            from_json(TrainConfig, train, where),
+            given["records"],
+        )
+
+
+def load_scale(name: str, quick: bool = False) -> Scale:
+    """A scale that is shipped, or one in a file of the user's.
+
+    Args:
+        name: one of ``SCALES``, or a YAML file.
+        quick: with the reductions that the file lists below ``quick``.
+
+    Raises:
+        ValueError: no such scale, or a file without the parts of one.
+    """
+    if name in SCALES:
+        text = (resources.files("pymend.reproduce") / f"{name}.yaml").read_text(encoding="utf-8")
+    elif Path(name).is_file():
+        text = Path(name).read_text(encoding="utf-8")
+    else:
+        raise ValueError(f"no scale {name!r}; choose one of {', '.join(SCALES)}, or a YAML file")
+    try:
+        raw = yaml.safe_load(text)
+        reduced = raw.pop("quick", {})
+        setups = {key: Setup(key, **value) for key, value in raw.pop("setups").items()}
+        batches = tuple(raw.pop("batches", Scale.batches))
+        scale = Scale(Path(name).stem, setups=setups, batches=batches, **raw)
+    except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{name} is no scale: {error}") from error
+    return _reduced(scale, reduced) if quick else scale
+
+
+def _reduced(scale: Scale, quick: Mapping[str, Any]) -> Scale:
+    """``scale`` with less of everything that ``quick`` names."""
+    algorithms = {}
+    for name, own in scale.algorithms.items():
+        less = quick["algorithms"].get(name, {})
+        parts = ("train", "train_several", "editor")
+        merged = {p: {**own.get(p, {}), **less.get(p, {})} for p in parts if p in own or p in less}
+        algorithms[name] = {**own, **less, **merged}
+    # What a setup asks for beyond the usual is left out too.
+    return replace(
+        scale,
+        note=f"{scale.note} {quick['note']}",
+        algorithms=algorithms,
+        overrides={},
+        batches=tuple(quick.get("batches", scale.batches)),
+    )
