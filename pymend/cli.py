@@ -1,4 +1,4 @@
-"""The command line: ``pymend train | edit | eval | demo | data | models | reproduce``.
+"""The command line: ``pymend train | edit | eval | import | demo | data | models | reproduce``.
 
 The flags of training are made from ``TrainConfig`` and ``MendConfig``. A preset and a ``--config``
 file are turned into flags and put before the user's own, so that later ones win and all are checked
@@ -11,7 +11,6 @@ import argparse
 import json
 import logging
 import shlex
-import shutil
 import sys
 import traceback
 import warnings
@@ -259,6 +258,7 @@ def _parsers() -> tuple[_Parser, argparse.ArgumentParser]:
     edit.add_argument("--data", help="take the records of a file in place of --prompt")
     edit.add_argument("--output", metavar="DIR", help="save the edit")
     edit.add_argument("--merge", metavar="DIR", help="save an ordinary model with the edit in it")
+    edit.add_argument("--peft", metavar="DIR", help="save the edit as a LoRA adapter of PEFT")
     edit.add_argument("--tokens", type=int, default=12, help="length of the answers shown")
     _add_model(edit)
 
@@ -286,6 +286,18 @@ def _parsers() -> tuple[_Parser, argparse.ArgumentParser]:
     evaluate.add_argument("--batch-size", type=int, default=16, help="edits in one pass")
     evaluate.add_argument("--n-edits", type=int, default=1, help="simultaneous edits")
     _add_model(evaluate)
+
+    imported = commands.add_parser("import", help="take an editor over from the paper's code")
+    imported.set_defaults(run=_import)
+    imported.add_argument("archive", metavar="FILE", help="what that code, or EasyEdit, saved")
+    imported.add_argument("--output", required=True, metavar="DIR", help="receives the editor")
+    imported.add_argument(
+        "--edit", required=True, nargs="+", metavar="NAME", help="its inner_params, in their order"
+    )
+    imported.add_argument("--norm", action=BooleanOptionalAction, default=True, help=HELP["norm"])
+    imported.add_argument("--init", choices=("id", "xavier"), default="id", help=HELP["init"])
+    imported.add_argument("--n-edits", type=int, default=1, help=HELP["n_edits"])
+    _add_model(imported)
 
     demo = commands.add_parser("demo", help="train, edit, undo and measure on built-in facts")
     demo.set_defaults(run=_demo)
@@ -424,7 +436,11 @@ def _train(args: argparse.Namespace) -> None:
     learning_curves(output / "metrics.jsonl", output / "curves.png", args.model)
     if trainer.best_step:
         print(f"best validation loss {trainer.best_loss:.4f} at step {trainer.best_step}")
-    where = shlex.join(["--model", args.model, "--editor", str(output)])
+    _say_how_to_use(args.model, output)
+
+
+def _say_how_to_use(model: str, output: Path) -> None:
+    where = shlex.join(["--model", model, "--editor", str(output)])
     print(f"the editor is in {output}; use it with: pymend edit {where} --prompt ... --target ...")
 
 
@@ -463,7 +479,7 @@ def _training_data(args: argparse.Namespace) -> tuple[list[EditRequest], list[Ed
 
 def _edit(args: argparse.Namespace) -> None:
     from pymend.algorithms.registry import load_editor
-    from pymend.files import writable_dir
+    from pymend.files import empty_dir, filled, writable_dir
     from pymend.report import greedy, number, table
     from pymend.tokens import Encoder
 
@@ -471,11 +487,14 @@ def _edit(args: argparse.Namespace) -> None:
     requests = _requests(args)
     if args.output:
         writable_dir(args.output)
-    merged = _new_folder(args.merge) if args.merge else None
+    merged = empty_dir(args.merge) if args.merge else None
+    if args.peft:
+        empty_dir(args.peft)
     editor = load_editor(args.editor).scale_(args.strength)
-    if (args.output or args.merge) and not editor.low_rank:
+    if (args.output or args.merge or args.peft) and not editor.low_rank:
         raise ValueError(
-            f"an edit of {editor.kind} cannot be saved or merged; leave out --output and --merge"
+            f"an edit of {editor.kind} cannot be saved or merged; "
+            "leave out --output, --merge and --peft"
         )
     model, tokenizer = _model(args)
     edit = editor.edit(model, tokenizer, requests, args.chat)
@@ -503,9 +522,14 @@ def _edit(args: argparse.Namespace) -> None:
     if args.output:
         edit.save_pretrained(args.output)
         print(f"the edit is in {args.output}")
+    if args.peft:
+        edit.to_peft(args.peft)
+        print(f"the adapter is in {args.peft}")
     if merged:
         edit.merge_(model)
-        _save_model(model, tokenizer, merged)
+        with filled(merged) as scratch:
+            model.save_pretrained(scratch)
+            tokenizer.save_pretrained(scratch)
         edit.unmerge_(model)
         print(f"the edited model is in {merged}")
 
@@ -522,31 +546,6 @@ def _requests(args: argparse.Namespace) -> list[EditRequest]:
             f"{len(args.prompt)} --prompt and {len(args.target)} --target; give one for each"
         )
     return [EditRequest(p, t) for p, t in zip(args.prompt, args.target, strict=True)]
-
-
-def _new_folder(name: str) -> Path:
-    """``name`` as a folder that may be filled.
-
-    Raises:
-        FileExistsError: it holds something already.
-    """
-    from pymend.files import writable_dir
-
-    folder = Path(name)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} is not empty; choose a new folder for the edited model")
-    return writable_dir(folder)
-
-
-def _save_model(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write a transformers model that appears in ``folder`` whole or not at all."""
-    scratch = folder.with_name(f".{folder.name}.tmp")
-    try:
-        model.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
-        scratch.rename(folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _eval(args: argparse.Namespace) -> None:
@@ -662,6 +661,19 @@ def _file(name: str) -> Path:
         raise IsADirectoryError(f"{file} is a folder; name a file for the results")
     writable_dir(file.parent)
     return file
+
+
+def _import(args: argparse.Namespace) -> None:
+    from pymend.files import writable_dir
+    from pymend.interop.official import load_official
+
+    if not Path(args.archive).is_file():
+        raise FileNotFoundError(f"archive {args.archive} does not exist")
+    output = writable_dir(args.output)
+    model, _ = _model(args)
+    mend = load_official(args.archive, model, args.edit, args.norm, args.init, args.n_edits)
+    mend.save_pretrained(output)
+    _say_how_to_use(args.model, output)
 
 
 def _demo(args: argparse.Namespace) -> None:

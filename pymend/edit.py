@@ -290,6 +290,19 @@ class Edit:
         }
         return cls(weights, factors, fingerprint, outcomes)
 
+    def to_peft(self, folder: str | Path) -> None:
+        """Write the edit as a LoRA adapter that ``peft.PeftModel.from_pretrained`` loads.
+
+        Raises:
+            FileExistsError: ``folder`` holds something already.
+            PermissionError: it cannot be written.
+            RuntimeError: the edit holds independent edits.
+            ValueError: the factors are not finite.
+        """
+        from pymend.interop.peft import write_adapter  # it knows what an Edit is
+
+        write_adapter(self, folder)
+
     # -- checks ------------------------------------------------------------------------------
 
     def check(self, model: nn.Module) -> None:
@@ -302,6 +315,16 @@ class Edit:
             weight_of(model, w)
         if self._model is not None and self._model() is model:
             return
+        self.check_finite()
+        check_fingerprint(model, self.weights, self.fingerprint)
+        self._model = weakref.ref(model)
+
+    def check_finite(self) -> None:
+        """Refuse factors that would break any model.
+
+        Raises:
+            NonFiniteError: names the weight.
+        """
         for name, f in self.factors.items():
             # A sum is finite only if every element is; no mask, no copy.
             total = f.u.detach().sum() + f.delta.detach().sum() + f.alpha.detach()
@@ -309,8 +332,6 @@ class Edit:
                 raise NonFiniteError(
                     f"the factors of {name} are not finite; compute the edit again"
                 )
-        check_fingerprint(model, self.weights, self.fingerprint)
-        self._model = weakref.ref(model)
 
 
 @contextmanager

@@ -42,6 +42,31 @@ def writable_dir(path: str | Path) -> Path:
     return folder
 
 
+def empty_dir(path: str | Path) -> Path:
+    """``path`` as a folder that may be filled.
+
+    Raises:
+        FileExistsError: it holds something already.
+        PermissionError: as :func:`writable_dir`.
+    """
+    folder = Path(path)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} is not empty; choose a new folder")
+    return writable_dir(folder)
+
+
+@contextmanager
+def filled(folder: Path) -> Iterator[Path]:
+    """Give an empty folder that takes the place of the empty ``folder`` if the block succeeds."""
+    scratch = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        scratch.mkdir()
+        yield scratch
+        scratch.rename(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary path beside ``path`` and move it there only if the block succeeds."""

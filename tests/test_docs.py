@@ -63,7 +63,8 @@ def test_readme_example_runs(tmp_path, monkeypatch):
 
 def test_commands_and_their_flags_exist(capsys):
     found = commands("pymend")
-    assert {words[0] for words in found} == {"train", "eval", "edit", "demo", "data", "models"}
+    called = {words[0] for words in found}
+    assert called == {"train", "eval", "edit", "import", "demo", "data", "models"}
     for words in found:
         with pytest.raises(SystemExit) as stop:
             cli.main([*takewhile(lambda word: word[0] not in "-[", words), "--help"])
