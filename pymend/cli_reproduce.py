@@ -36,12 +36,11 @@ def add(commands: Any, machine: Callable[[argparse.ArgumentParser], None]) -> No
 
 def _reproduce(args: argparse.Namespace) -> None:
     import torch
-    from transformers.utils import logging as quiet
 
     from pymend.files import writable_dir
     from pymend.reproduce import costs, examples, figures, tables
     from pymend.reproduce.plan import Run, load_scale
-    from pymend.reproduce.runs import Place, perform_all
+    from pymend.reproduce.runs import Place, perform_all, start
 
     scale = load_scale(args.scale, args.quick)
     names = list(scale.tables) if args.names == ["all"] else args.names
@@ -50,12 +49,10 @@ def _reproduce(args: argparse.Namespace) -> None:
             raise ValueError(
                 f"scale {scale.name} has no {name!r}; choose all, or of {', '.join(scale.tables)}"
             )
-    if args.jobs < 1:
-        raise ValueError(f"jobs is {args.jobs}; it must be at least 1")
-    quiet.set_verbosity_error()
-    quiet.disable_progress_bar()
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
+    for name in ("jobs", "threads"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"{name} is {getattr(args, name)}; it must be at least 1")
+    start(args.threads or torch.get_num_threads(), args.matmul)
     usual = f"runs/reproduce/{scale.name}{'-quick' if args.quick else ''}"
     output = writable_dir(args.output or usual)
     files = Path(args.data) if args.data else None

@@ -48,7 +48,7 @@ ROOMS = {
     "sampling": {"models", "tokens"},
 }
 # These may import everything, and are imported by no room.
-TOP = {"__init__", "__main__", "cli", "cli_data", "demo"}
+TOP = {"__init__", "__main__", "cli", "cli_data", "cli_reproduce", "demo", "reproduce"}
 
 
 def room(path: Path) -> str:

@@ -92,7 +92,6 @@ def _measure_all(scale: Scale, setups: Sequence[str], place: Place) -> list[dict
     """
     found = []
     context = multiprocessing.get_context("spawn")
-    setting = torch.get_num_threads(), place.matmul
     jobs = [Run(setup, algorithm) for setup in setups for algorithm in ALGORITHMS]
     for run in tqdm(jobs, "costs"):
         data.prepare(scale.setups[run.setup], place.sets)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
+from transformers.utils import logging as quiet
 
 from pymend.algorithm import Algorithm
 from pymend.algorithms.cache import Cache, find_eps
@@ -66,7 +68,10 @@ class Place:
 
 
 def start(threads: int, matmul: str) -> None:
-    """Set up torch in a process."""
+    """Set up a process: torch, and no word about every file that is read."""
+    logging.getLogger("pymend").setLevel(logging.WARNING)
+    quiet.set_verbosity_error()
+    quiet.disable_progress_bar()
     torch.set_num_threads(threads)
     torch.backends.mkldnn.matmul.fp32_precision = matmul  # type: ignore[attr-defined]
 
@@ -143,14 +148,17 @@ class _Bench:
         tuning = self._part("validation", TUNING)
         mend = load_editor(self.place.folder(Run(self.of.setup, "mend")) / "editor")
 
-        def drawdown(algorithm: Algorithm) -> float:
-            return float(self._scores(algorithm, tuning)[self.setup.drawdown])
-
         def cached(eps: float) -> Cache:
             return Cache(CacheConfig(eps))
 
-        wanted = drawdown(mend)
-        best = find_eps(lambda eps: drawdown(cached(eps)), wanted, tolerance=0.05)
+        with tqdm(desc="eps*", disable=not self.progress) as bar:
+
+            def drawdown(algorithm: Algorithm) -> float:
+                bar.update()
+                return float(self._scores(algorithm, tuning, False)[self.setup.drawdown])
+
+            wanted = drawdown(mend)
+            best = find_eps(lambda eps: drawdown(cached(eps)), wanted, tolerance=0.05)
         looks = [(f, f * best) for f in factors]
         return {
             "mend_drawdown": wanted,
@@ -163,14 +171,16 @@ class _Bench:
     def _part(self, split: Split, limit: int) -> list[EditRequest]:
         return data.groups(self.splits[split], self.setup.draws, self.of.n_edits, limit)
 
-    def _scores(self, algorithm: Algorithm, records: Sequence[EditRequest]) -> dict[str, Any]:
+    def _scores(
+        self, algorithm: Algorithm, records: Sequence[EditRequest], shown: bool = True
+    ) -> dict[str, Any]:
         """The means of an evaluation; the scores of single records are not kept."""
         metrics = evaluate(
             algorithm,
             self.model,
             self.tokenizer,
             records,
-            progress=self.progress,
+            progress=self.progress and shown,
             n_edits=self.of.n_edits,
         )
         return {name: value for name, value in metrics.to_dict().items() if name != "records"}
@@ -198,7 +208,6 @@ def perform_all(
 
     Ctrl-C loses nothing: trainings leave a checkpoint, and the same call goes on from there.
     """
-    start(torch.get_num_threads(), place.matmul)
     for setup in dict.fromkeys(run.setup for run in runs):
         data.prepare(scale.setups[setup], place.sets)
         loaded(scale.setups[setup].model, place.dtype, place.device)

@@ -175,7 +175,8 @@ class Trainer(Generic[A]):
                 due = self.step % config.eval_every == 0 or self.step == config.steps
                 if due and self.eval_episodes:
                     self._validate()
-                    bar.write(self._summary())
+                    if self.progress:
+                        bar.write(self._summary())
                 # The first editor has a checkpoint beside it, or its run could not be resumed.
                 first = self.best_step and self._last_checkpoint() is None
                 if self.step % config.save_every == 0 or self.step == config.steps or first:

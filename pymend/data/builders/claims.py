@@ -93,17 +93,17 @@ def fever(claims: Sequence[Claim], seed: int = 0) -> Splits:
         claims: from :func:`read_claims`.
     """
     parts = partition(claims, lambda claim: claim.group)
-    return {split: _edits(part, seed) for split, part in parts.items()}
+    return {split: _edits(part, seed, NEAR) for split, part in parts.items()}
 
 
-def _edits(claims: Sequence[Claim], seed: int) -> list[EditRequest]:
+def _edits(claims: Sequence[Claim], seed: int, count: int) -> list[EditRequest]:
     topics: dict[str, list[Claim]] = defaultdict(list)
     for claim in claims:
         topics[claim.topic].append(claim)
 
     def edit(claim: Claim) -> EditRequest:
         key = ("claims", seed, claim.text)
-        near = draw(topics[claim.topic], NEAR, lambda c: c.group != claim.group, "near", *key)
+        near = draw(topics[claim.topic], count, lambda c: c.group != claim.group, "near", *key)
         taken = {claim.group, *(c.group for c in near)}
         others = draw(claims, LOCALITY - len(near), lambda c: c.group not in taken, *key)
         return EditRequest(
@@ -126,12 +126,17 @@ def statements(relation: Relation) -> tuple[str, ...]:
     return tuple(p for p in relation.patterns if "\n" not in p)
 
 
-def fact_claims(seed: int = 0) -> Splits:
-    """Built-in facts as claims, true ones and false ones."""
+def fact_claims(seed: int = 0, near: int = NEAR) -> Splits:
+    """Built-in facts as claims, true ones and false ones.
+
+    Args:
+        near: of the locality claims, how many are of the same relation.
+    """
     splits: Splits = {}
     for split in SPLITS:
         facts = fact_requests(split, near=0, far=0, seed=seed, patterns=statements)
-        splits[split] = _edits([_claim(relation, fact, seed) for relation, fact in facts], seed)
+        claims = [_claim(relation, fact, seed) for relation, fact in facts]
+        splits[split] = _edits(claims, seed, near)
     return splits
 
 

@@ -14,8 +14,9 @@ from pymend.data.choices import draw
 from pymend.data.facts import Relation, Split, fact_requests, load_relations, split_of
 from pymend.data.readers import RawRow, as_question, read_rows, without_overlap, zsre_request
 
-NEAR = 0.5  # share of words that a rephrase of zsRE-hard may have in common with its prompt
+SHARED = 0.5  # share of words that a rephrase of zsRE-hard may have in common with its prompt
 HARD_REPHRASES = 3
+NEAR = 2  # of the locality questions about built-in facts, how many are of the same relation
 
 
 def read_zsre(path: Path) -> list[EditRequest]:
@@ -110,7 +111,7 @@ def zsre_hard_facts(seed: int = 0) -> Splits:
 
 def _hard(record: EditRequest, asked: Sequence[Probe], seed: int) -> EditRequest:
     """Only rephrases far from the prompt; locality from ``asked``, which shares its wording."""
-    far = [text for text in record.rephrases if _shared(text, record.prompt) <= NEAR]
+    far = [text for text in record.rephrases if _shared(text, record.prompt) <= SHARED]
     far.sort(key=lambda text: _shared(text, record.prompt))
     return replace(
         record,
@@ -155,10 +156,15 @@ def question_wordings(relation: Relation) -> tuple[str, ...]:
     return tuple(dict.fromkeys(re.sub(r"^(Question|Q): ", "", text) + "?" for text in asked))
 
 
-def fact_questions(seed: int = 0) -> Splits:
-    """Closed-book questions over the built-in facts."""
+def fact_questions(seed: int = 0, near: int = NEAR) -> Splits:
+    """Closed-book questions over the built-in facts.
+
+    Args:
+        near: of the locality questions, how many are of the same relation.
+    """
+    counts = {"near": near, "far": LOCALITY - near}
     return {
-        split: [r for _, r in fact_requests(split, seed=seed, patterns=question_wordings)]
+        split: [r for _, r in fact_requests(split, **counts, seed=seed, patterns=question_wordings)]
         for split in SPLITS
     }
 

@@ -1,0 +1,305 @@
+"""The paper's tables on models that are made in seconds: what is run, kept, shown and refused."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from test_mini import tiny
+
+from pymend.cli import main
+from pymend.config import CacheConfig, FineTuneConfig, MendConfig
+from pymend.models import mini
+from pymend.reproduce import costs, data, runs, tables
+from pymend.reproduce.plan import SCALES, VARIANTS, Run, Scale, Setup, load_scale
+from pymend.reproduce.runs import Place, perform
+
+TRAIN = {"steps": 3, "batch_size": 2, "lr": 1e-4, "keep": "last", "eval_records": 4}
+PAPER = {"zsre": "BART-base, zsRE", "wikitext": "distilGPT-2, Wikitext"}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Folders of models that know nothing."""
+    cache = tmp_path_factory.mktemp("models")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYMEND_CACHE", str(cache))
+        patch.setattr(mini, "RECIPES", {name: tiny(name) for name in mini.RECIPES})
+        return {name: str(mini.make(name, progress=False)) for name in ("bart-mini", "gpt2-mini")}
+
+
+@pytest.fixture
+def scale_file(models: dict[str, str], tmp_path: Path) -> Path:
+    """A scale whose tables take seconds."""
+    trained = {"records": 6, "train": TRAIN, "train_several": {"batch_size": 1}}
+    wiki = tmp_path / "files" / "wiki"
+    wiki.mkdir(parents=True)
+    for split, count in (("train", 30), ("validation", 8), ("test", 8)):
+        lines = [
+            json.dumps(
+                {
+                    "prompt": f"The {split} number {i} of the list says that",
+                    "target": f"it is {i}",
+                    "rephrases": [f"number {i} of the list says that"],
+                    "locality": [{"prompt": f"Another {split} passage {i} says nothing at all"}],
+                }
+            )
+            for i in range(count)
+        ]
+        (wiki / f"{split}.jsonl").write_text("\n".join(lines))
+    scale = {
+        "note": "Tiny.",
+        "setups": {
+            "zsre": {  # a model that knows nothing has no accuracy to lose
+                "model": models["bart-mini"],
+                "data": "qa",
+                "draws": 2,
+                "drawdown": "perplexity_drawdown",
+            },
+            "wikitext": {
+                "model": models["gpt2-mini"],
+                "data": {"folder": "wiki"},
+                "drawdown": "perplexity_drawdown",
+            },
+        },
+        "tables": {
+            "table4": PAPER,
+            "table5": {"zsre": PAPER["zsre"]},
+            "table6": {"wikitext": PAPER["wikitext"]},
+            "table8": {"wikitext": ""},
+            "table10": {"zsre": ""},
+            "table11": PAPER,
+            "memory": {"zsre": ""},
+            "time": {"zsre": ""},
+        },
+        "algorithms": {
+            "mend": {**trained, "editor": {"rank": 8}},
+            "ke": {**trained, "editor": {"lstm": 8, "condition": 8, "hidden": 8}},
+            "enn": trained,
+            "ft": {"records": 2, "editor": {"steps": 2}},
+            "ft+kl": {"records": 2, "editor": {"steps": 2}},
+            "cache": {"records": 6},
+        },
+        "batches": [1, 3],
+        "quick": {"note": "Less.", "algorithms": {"mend": {"records": 3, "train": {"steps": 2}}}},
+    }
+    file = tmp_path / "tiny.yaml"
+    file.write_text(yaml.safe_dump(scale))
+    return file
+
+
+def reproduce(scale: Path, *words: str) -> int:
+    files, output = str(scale.parent / "files"), str(scale.parent / "out")
+    return main(["reproduce", *words, "--scale", str(scale), "--data", files, "--output", output])
+
+
+def place(scale: Path) -> Place:
+    return Place(scale.parent / "out", scale.parent / "files")
+
+
+def test_all_tables_of_a_scale(
+    scale_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each is written with its numbers, the paper's beside them, and a picture; once."""
+    monkeypatch.setattr(costs, "ALGORITHMS", ("mend", "cache"))
+    assert reproduce(scale_file, "all") == 0
+    output, scale = scale_file.parent / "out", load_scale(str(scale_file))
+    pages = capsys.readouterr().out.split()
+    assert pages == [str(output / f"{name}.md") for name in scale.tables]
+    for name in scale.tables:
+        page = (output / f"{name}.md").read_text()
+        assert page.startswith(f"# {name}: ") and "Tiny." in page
+        assert f"    pymend reproduce {name} --scale {scale_file} --data DIR\n" in page
+        picture = re.search(r"!\[.*\]\((.*)\)", page)
+        assert (picture is None) == (name in ("table8", "table10"))
+        if picture:
+            assert (output / picture[1]).read_bytes().startswith(b"\x89PNG")
+    four = (output / "table4.md").read_text()
+    assert "| bart-mini, zsre | paper: BART-base, zsRE |" in four
+    assert re.search(r"\| MEND \| .* \| \.98 / \.002 \| .* \| \.86 / \.225 \|", four)
+    # The sheet and the page tell what the result files hold.
+    sheet = list(csv.DictReader((output / "table4.csv").read_text().splitlines()))
+    assert len(sheet) == 12
+    for line, algorithm in (("MEND", "mend"), ("FT", "ft")):
+        [row] = [x for x in sheet if x["row"] == line and x["setup"] == "wikitext"]
+        kept = json.loads((output / f"runs/wikitext-{algorithm}/result.json").read_text())
+        scores = kept["metrics"]
+        assert row["n"] == str(scores["n"]) and row["es outer"] == f"{scores['es_outer']:.3f}"
+        assert row["drawdown"] == f"{scores['perplexity_drawdown']:.3f}"
+    shown = json.loads((output / "table5.json").read_text())["runs"]
+    assert shown["zsre-mend-3-edits"]["metrics"]["n_edits"] == 3
+    eleven = json.loads((output / "table11.json").read_text())["runs"]["zsre-cache"]
+    assert [t["factor"] for t in eleven["thresholds"]] == [0.5, 1.0, 2.0]
+    cost = json.loads((output / "costs.json").read_text())["costs"]
+    assert [c["algorithm"] for c in cost] == ["mend", "cache"]
+    assert cost[0]["step seconds"] > 0 and "step seconds" not in cost[1]
+
+    # Nothing is done twice.
+    def refuse(*_: Any) -> None:
+        raise AssertionError("done again")
+
+    for name in ("_trained", "_thresholds", "_scores"):
+        monkeypatch.setattr(runs._Bench, name, refuse)
+    monkeypatch.setattr(costs, "measure", refuse)
+    before = four
+    assert reproduce(scale_file, "all") == 0
+    assert (output / "table4.md").read_text() == before
+
+
+def test_runs_in_processes_are_the_same(scale_file: Path) -> None:
+    scale = load_scale(str(scale_file))
+    asked = [Run("zsre", "mend"), Run("wikitext", "mend")]
+    one = runs.perform_all(scale, asked, place(scale_file))
+    other = replace(place(scale_file), output=scale_file.parent / "other")
+    two = runs.perform_all(scale, asked, other, jobs=2)
+    for run in asked:
+        a, b = one[run]["metrics"], two[run]["metrics"]
+        assert [a[k] for k in ("es_outer", "locality")] == [b[k] for k in ("es_outer", "locality")]
+
+
+def test_a_training_that_was_stopped_goes_on(
+    scale_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scale, run = load_scale(str(scale_file)), Run("wikitext", "mend")
+    scored = runs._Bench._scores
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs._Bench, "_scores", stop)
+    with pytest.raises(KeyboardInterrupt):
+        perform(scale, run, place(scale_file), progress=False)
+    log = place(scale_file).folder(run) / "editor" / "metrics.jsonl"
+    lines = log.read_text()
+    monkeypatch.setattr(runs._Bench, "_scores", scored)
+    assert "metrics" in perform(scale, run, place(scale_file), progress=False)
+    assert log.read_text() == lines  # no step was taken again
+
+
+def test_other_settings_are_refused(scale_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scale, run = load_scale(str(scale_file)), Run("wikitext", "ft")
+    first = perform(scale, run, place(scale_file), progress=False)
+    changed = replace(scale, algorithms={**scale.algorithms, "ft": {"records": 3}})
+    with pytest.raises(ValueError, match="is of other settings; choose another output folder"):
+        perform(changed, run, place(scale_file), progress=False)
+    assert perform(scale, run, place(scale_file), progress=False) == first
+
+
+def test_a_training_that_diverges_is_shown_as_such(scale_file: Path) -> None:
+    scale, run = load_scale(str(scale_file)), Run("wikitext", "mend")
+    wild = {**scale.algorithms["mend"], "train": {**TRAIN, "steps": 60, "lr": 1e30}}
+    scale = replace(scale, algorithms={**scale.algorithms, "mend": wild})
+    result = perform(scale, run, place(scale_file), progress=False)
+    assert "steps in a row were skipped" in result["failed"]
+    assert tables.cell(scale, {run: result}, tables.MEND, "wikitext") is None
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_a_shipped_scale_is_sound(name: str) -> None:
+    for quick in (False, True):
+        scale = load_scale(name, quick)
+        columns = {c for t in scale.tables.values() for c in t.values()}
+        known = {c for t in ("table3", "table4", "table5", "table6", "table9", "table11")
+                 for c in tables.paper(t)}  # fmt: skip
+        assert columns - {""} <= known
+        for table_name, table in tables.tables(scale).items():
+            assert set(scale.tables[table_name]) <= set(scale.setups)
+            for run in tables.needed(scale, table_name, table):
+                settings = scale.settings(run)
+                assert settings.records > 0
+                assert (settings.train is None) == (run.algorithm in ("ft", "ft+kl", "cache"))
+        if not quick:
+            assert isinstance(scale, Scale) and "cache" in scale.algorithms
+
+
+def test_settings_of_a_run() -> None:
+    scale = load_scale("mini")
+    assert isinstance(scale.settings(Run("zsre", "cache")).editor, CacheConfig)
+    kl = scale.settings(Run("zsre", "ft+kl")).editor
+    assert isinstance(kl, FineTuneConfig) and kl.kl
+    several = scale.settings(Run("zsre", "mend", n_edits=25)).editor
+    assert isinstance(several, MendConfig) and several.n_edits == 25
+    ablated = scale.settings(Run("zsre", "mend", "only u")).editor
+    assert isinstance(ablated, MendConfig) and ablated.x_only and not ablated.combine
+    assert len({Run("zsre", "mend", v).name for v in VARIANTS}) == len(VARIANTS)
+
+
+def test_groups_stay_within_a_drawing() -> None:
+    test: list[Any] = list(range(20))  # two drawings of ten
+    assert data.groups(test, 2, 1, 7) == list(range(7))
+    assert data.groups(test, 2, 3, 100) == [*range(9), *range(10, 19)]
+    assert data.groups(test, 2, 3, 10) == list(range(9))
+
+
+def test_halves_of_one_file(tmp_path: Path) -> None:
+    lines = [json.dumps({"prompt": f"Fact {i} is", "target": "so"}) for i in range(40)]
+    (tmp_path / "one.jsonl").write_text("\n".join(lines))
+    setup = Setup("one", "no model", {"train": "one.jsonl"})
+    parts = data.records(setup, tmp_path, tmp_path)
+    assert [len(parts[s]) for s in ("train", "validation", "test")] == [18, 2, 20]
+    assert parts["test"][0].prompt == "Fact 20 is"
+    with pytest.raises(ValueError, match=r"one reads one\.jsonl; name their folder"):
+        data.records(setup, tmp_path, None)
+
+
+def cell(success: tuple[float, float, float], drawdown: tuple[float, float, float]) -> tables.Cell:
+    """From (value, low, high)."""
+    return tables.Cell(success[0], success[1:], drawdown[0], drawdown[1:], {})
+
+
+def test_verdicts() -> None:
+    high = cell((0.9, 0.85, 0.95), (0.1, 0.05, 0.15))
+    low = cell((0.5, 0.4, 0.6), (0.01, 0.0, 0.02))
+    near = cell((0.85, 0.8, 0.9), (0.12, 0.06, 0.2))
+    claim = tables.Claim("a", "b")
+    assert tables.verdict(claim, high, low)[0] == "holds"
+    assert tables.verdict(claim, high, near)[0] == "holds, intervals overlap"
+    assert tables.verdict(claim, low, high)[0] == "does not hold"
+    assert tables.verdict(claim, high, None) == ("holds", "diverged")
+    assert tables.verdict(claim, None, high) == ("does not hold", "diverged")
+    costs_less = replace(claim, drawdown=True)
+    assert tables.verdict(costs_less, low, high)[0] == "holds"
+    assert tables.verdict(costs_less, high, near)[0] == "holds, intervals overlap"
+    assert tables.verdict(costs_less, high, low)[0] == "does not hold"
+    assert "0.900 [0.850, 0.950] against 0.500 [0.400, 0.600]" in tables.verdict(claim, high, low)
+
+
+def test_the_papers_numbers_can_be_read() -> None:
+    for name in ("table3", "table4", "table5", "table6", "table9", "table11"):
+        for column in tables.paper(name).values():
+            for text in column.values():
+                success, drawdown = tables.printed(text)
+                assert 0 <= success <= 1 and 0 <= drawdown < 3
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["table7"], "has no 'table7'; choose all, or of table3"),
+        (["table4", "--scale", "nano"], "no scale 'nano'; choose one of mini, smollm2, paper"),
+        (["table4", "--jobs", "0"], "jobs is 0; it must be at least 1"),
+    ],
+)
+def test_what_is_refused(
+    words: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["reproduce", *words]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_is_no_scale(tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text("note: nothing else\n")
+    with pytest.raises(ValueError, match=r"bad\.yaml is no scale"):
+        load_scale(str(tmp_path / "bad.yaml"))
