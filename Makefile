@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest
 ASAN := build/asan
 CXX ?= c++
 
-.PHONY: setup build style quality test test-slow emu asan demo wheel wheel-check bench gpu gpu-dry-run
+.PHONY: setup build style quality test test-slow emu asan demo reproduce wheel wheel-check bench gpu gpu-dry-run
 
 setup:  ## .venv with torch, dependencies and the package; TORCH=... and PYTHON=... override
 	@tools/setup.sh
@@ -46,6 +46,9 @@ asan: setup  ## CPU ops and emulated kernels under AddressSanitizer and Undefine
 
 demo: build  ## train an editor on the built-in facts and edit a model with it
 	$(BIN)/pymend demo
+
+reproduce: build  ## every table of the paper, reduced, on small models made here: into runs/reproduce/mini-quick
+	$(BIN)/pymend reproduce all --quick --jobs 2
 
 wheel: setup  ## dist/*.whl, for every Python from 3.10 on
 	@rm -rf build/lib* build/bdist* dist  # setuptools would pack what an earlier build left there
