@@ -64,7 +64,7 @@ def test_readme_example_runs(tmp_path, monkeypatch):
 def test_commands_and_their_flags_exist(capsys):
     found = commands("pymend")
     called = {words[0] for words in found}
-    assert called == {"train", "eval", "edit", "import", "demo", "data", "models"}
+    assert called == {"train", "eval", "edit", "import", "demo", "data", "models", "reproduce"}
     for words in found:
         with pytest.raises(SystemExit) as stop:
             cli.main([*takewhile(lambda word: word[0] not in "-[", words), "--help"])
