@@ -37,7 +37,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture
 def scale_file(models: dict[str, str], tmp_path: Path) -> Path:
     """A scale whose tables take seconds."""
-    trained = {"records": 6, "train": TRAIN, "train_several": {"batch_size": 1}}
+    trained = {"records": 6, "train": TRAIN, "train_several": {3: {"batch_size": 1}}}
     wiki = tmp_path / "files" / "wiki"
     wiki.mkdir(parents=True)
     for split, count in (("train", 30), ("validation", 8), ("test", 8)):
@@ -227,6 +227,8 @@ def test_settings_of_a_run() -> None:
     assert isinstance(kl, FineTuneConfig) and kl.kl
     several = scale.settings(Run("zsre", "mend", n_edits=25)).editor
     assert isinstance(several, MendConfig) and several.n_edits == 25
+    train = scale.settings(Run("zsre", "mend", n_edits=25)).train
+    assert train and train.batch_size == 2
     ablated = scale.settings(Run("zsre", "mend", "only u")).editor
     assert isinstance(ablated, MendConfig) and ablated.x_only and not ablated.combine
     assert len({Run("zsre", "mend", v).name for v in VARIANTS}) == len(VARIANTS)

@@ -92,7 +92,8 @@ class Scale:
     Args:
         note: what differs from the paper, for the captions.
         tables: of every table, the setups in it and the paper's column that each stands for.
-        algorithms: settings by name: ``train``, ``editor``, ``records``, ``factors``.
+        algorithms: settings by name: ``train``, ``editor``, ``records``, ``factors``, and by the
+            number of simultaneous edits, ``train_several``.
         overrides: the same of single setups, by the setup's name.
         batches: the numbers of simultaneous edits in Table 5.
     """
@@ -111,9 +112,8 @@ class Scale:
         Raises:
             ValueError: the scale's file gives a setting that does not exist.
         """
-        given = dict(self.algorithms[run.algorithm])
-        for name, value in self.overrides.get(run.setup, {}).get(run.algorithm, {}).items():
-            given[name] = {**given.get(name, {}), **value} if isinstance(value, dict) else value
+        own_setup = self.overrides.get(run.setup, {}).get(run.algorithm, {})
+        given = _merged(self.algorithms[run.algorithm], own_setup)
         where = f"scale {self.name}, {run.algorithm}"
         own = dict(given.get("editor", {}))
         if run.algorithm not in EDITORS:
@@ -126,7 +126,7 @@ class Scale:
         train = dict(given["train"])
         if run.n_edits > 1:
             own["n_edits"] = run.n_edits
-            train |= given.get("train_several", {})
+            train |= given.get("train_several", {}).get(run.n_edits, {})
         return Settings(
             from_json(EDITORS[run.algorithm], own, where),
             from_json(TrainConfig, train, where),
@@ -163,12 +163,10 @@ def load_scale(name: str, quick: bool = False) -> Scale:
 
 def _reduced(scale: Scale, quick: Mapping[str, Any]) -> Scale:
     """``scale`` with less of everything that ``quick`` names."""
-    algorithms = {}
-    for name, own in scale.algorithms.items():
-        less = quick["algorithms"].get(name, {})
-        parts = ("train", "train_several", "editor")
-        merged = {p: {**own.get(p, {}), **less.get(p, {})} for p in parts if p in own or p in less}
-        algorithms[name] = {**own, **less, **merged}
+    algorithms = {
+        name: _merged(own, quick["algorithms"].get(name, {}))
+        for name, own in scale.algorithms.items()
+    }
     # What a setup asks for beyond the usual is left out too.
     return replace(
         scale,
@@ -177,3 +175,11 @@ def _reduced(scale: Scale, quick: Mapping[str, Any]) -> Scale:
         overrides={},
         batches=tuple(quick.get("batches", scale.batches)),
     )
+
+
+def _merged(own: Mapping[str, Any], less: Mapping[str, Any]) -> dict[str, Any]:
+    """``own`` with what ``less`` has in its place, mapping by mapping."""
+    merged = dict(own)
+    for key, value in less.items():
+        merged[key] = _merged(own.get(key, {}), value) if isinstance(value, Mapping) else value
+    return merged
