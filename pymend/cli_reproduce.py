@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pymend.reproduce.plan import Scale
+    from pymend.reproduce.runs import Place
 
 TABLES = ("table3", "table4", "table5", "table6", "table8", "table9", "table10", "table11")
 COSTS = ("memory", "time")
@@ -37,10 +41,9 @@ def add(commands: Any, machine: Callable[[argparse.ArgumentParser], None]) -> No
 def _reproduce(args: argparse.Namespace) -> None:
     import torch
 
-    from pymend.files import writable_dir
-    from pymend.reproduce import costs, examples, figures, tables
-    from pymend.reproduce.plan import Run, load_scale
-    from pymend.reproduce.runs import Place, perform_all, start
+    from pymend.files import exclusive, writable_dir
+    from pymend.reproduce.plan import load_scale
+    from pymend.reproduce.runs import Place, start
 
     scale = load_scale(args.scale, args.quick)
     names = list(scale.tables) if args.names == ["all"] else args.names
@@ -57,6 +60,20 @@ def _reproduce(args: argparse.Namespace) -> None:
     output = writable_dir(args.output or usual)
     files = Path(args.data) if args.data else None
     place = Place(output, files, args.dtype, args.device, args.matmul, args.seed)
+    with exclusive(output):
+        for page in _pages(args, scale, names, place):
+            print(page)
+
+
+def _pages(
+    args: argparse.Namespace, scale: Scale, names: list[str], place: Place
+) -> Iterator[Path]:
+    """Carry out what the tables ``names`` need, and write them."""
+    from pymend.reproduce import costs, examples, figures, tables
+    from pymend.reproduce.plan import Run
+    from pymend.reproduce.runs import perform_all
+
+    output = place.output
     scored = {name: table for name, table in tables.tables(scale).items() if name in names}
     runs = [run for name, table in scored.items() for run in tables.needed(scale, name, table)]
     shown = [name for name in names if name in examples.TITLES]
@@ -66,13 +83,13 @@ def _reproduce(args: argparse.Namespace) -> None:
         command = _command(args, name)
         if name in scored:
             table = scored[name]
-            figures.draw(scale, name, table, results, output / f"{name}.png")
             page = tables.write(scale, name, table, results, output, command, args.seed)
+            figures.draw(scale, name, table, results, output / f"{name}.png")
         elif name in shown:
             page = examples.write(scale, name, output, command, place)
         else:
             page = costs.write(scale, name, output, command, place)
-        print(page)
+        yield page
 
 
 def _command(args: argparse.Namespace, name: str) -> str:
@@ -80,5 +97,10 @@ def _command(args: argparse.Namespace, name: str) -> str:
     words = ["pymend", "reproduce", name, "--scale", args.scale]
     words += ["--quick"] if args.quick else []
     words += ["--data", "DIR"] if args.data else []
-    words += ["--seed", str(args.seed)] if args.seed else []
+    for flag, value, usual in (
+        ("--seed", args.seed, 0),
+        ("--dtype", args.dtype, "auto"),
+        ("--matmul", args.matmul, "ieee"),
+    ):
+        words += [flag, str(value)] if value != usual else []
     return shlex.join(words)

@@ -80,6 +80,25 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Keep other processes that call this on ``folder`` out until the block ends.
+
+    Raises:
+        RuntimeError: another one is in it.
+    """
+    import fcntl  # of Unix; the lock goes with its process, however that ends
+
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RuntimeError(
+                f"another process writes to {folder}; wait for it, or choose another output folder"
+            ) from error
+        yield
+
+
 def is_complete(folder: Path) -> bool:
     """Whether a folder of the cache was filled to the end."""
     return (folder / "complete.json").is_file()

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from test_mini import tiny
 
 from pymend.cli import main
 from pymend.config import CacheConfig, FineTuneConfig, MendConfig
+from pymend.files import exclusive
 from pymend.models import mini
 from pymend.reproduce import costs, data, runs, tables
 from pymend.reproduce.plan import SCALES, VARIANTS, Run, Scale, Setup, load_scale
@@ -161,7 +163,9 @@ def test_runs_in_processes_are_the_same(scale_file: Path) -> None:
     two = runs.perform_all(scale, asked, other, jobs=2)
     for run in asked:
         a, b = one[run]["metrics"], two[run]["metrics"]
-        assert [a[k] for k in ("es_outer", "locality")] == [b[k] for k in ("es_outer", "locality")]
+        for name in ("before", "after"):
+            assert a["perplexity"][name] == pytest.approx(b["perplexity"][name], rel=1e-4)
+        assert a["perplexity"]["before"] != a["perplexity"]["after"]
 
 
 def test_a_training_that_was_stopped_goes_on(
@@ -200,6 +204,44 @@ def test_a_training_that_diverges_is_shown_as_such(scale_file: Path) -> None:
     result = perform(scale, run, place(scale_file), progress=False)
     assert "steps in a row were skipped" in result["failed"]
     assert tables.cell(scale, {run: result}, tables.MEND, "wikitext") is None
+    cached = perform(scale, Run("wikitext", "cache"), place(scale_file), progress=False)
+    assert cached["failed"] == "MEND diverged, so there is no eps*"
+
+
+def test_an_error_is_no_divergence(scale_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    scale, run = load_scale(str(scale_file)), Run("wikitext", "mend")
+    monkeypatch.setattr(runs._Bench, "_trained", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        perform(scale, run, place(scale_file), progress=False)
+    assert not (place(scale_file).folder(run) / "result.json").exists()
+
+
+def test_a_threshold_is_of_one_mend(scale_file: Path) -> None:
+    """With another MEND, what was found for the first is refused."""
+    scale, run = load_scale(str(scale_file)), Run("wikitext", "cache")
+    perform(scale, Run("wikitext", "mend"), place(scale_file), progress=False)
+    perform(scale, run, place(scale_file), progress=False)
+    longer = {**scale.algorithms["mend"], "train": {**TRAIN, "steps": 4}}
+    scale = replace(scale, algorithms={**scale.algorithms, "mend": longer})
+    with pytest.raises(ValueError, match="is of other settings"):
+        perform(scale, run, place(scale_file), progress=False)
+
+
+def test_one_command_at_a_time(scale_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = scale_file.parent / "out"
+    output.mkdir()
+    with exclusive(output):
+        assert reproduce(scale_file, "table6") == 2
+    assert f"another process writes to {output}" in capsys.readouterr().err
+
+
+def test_more_edits_at_once_than_records(scale_file: Path) -> None:
+    scale, run = load_scale(str(scale_file)), Run("wikitext", "mend", n_edits=7)
+    with pytest.raises(ValueError, match="no 7 of 8 test records, at most 6, make a group"):
+        perform(scale, run, place(scale_file), progress=False)
 
 
 @pytest.mark.parametrize("name", SCALES)
@@ -214,7 +256,7 @@ def test_a_shipped_scale_is_sound(name: str) -> None:
             assert set(scale.tables[table_name]) <= set(scale.setups)
             for run in tables.needed(scale, table_name, table):
                 settings = scale.settings(run)
-                assert settings.records > 0
+                assert settings.records >= run.n_edits
                 assert (settings.train is None) == (run.algorithm in ("ft", "ft+kl", "cache"))
         if not quick:
             assert isinstance(scale, Scale) and "cache" in scale.algorithms
@@ -307,3 +349,32 @@ def test_a_file_that_is_no_scale(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("note: nothing else\n")
     with pytest.raises(ValueError, match=r"bad\.yaml is no scale"):
         load_scale(str(tmp_path / "bad.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda raw: raw["setups"].pop("zsre"), "has no zsre"),
+        (lambda raw: raw["algorithms"].pop("ke"), "has no ke"),
+        (lambda raw: raw["algorithms"]["cache"].update(factors=[1.0]), "lacks some of"),
+        (lambda raw: raw.pop("quick"), "is no scale"),
+    ],
+)
+def test_a_scale_that_lacks_something(scale_file: Path, change: Any, message: str) -> None:
+    raw = yaml.safe_load(scale_file.read_text())
+    change(raw)
+    scale_file.write_text(yaml.safe_dump(raw, sort_keys=False))
+    with pytest.raises(ValueError, match=message):
+        load_scale(str(scale_file), quick=True)
+
+
+def test_every_claim_is_in_the_papers_table() -> None:
+    scale = load_scale("paper")
+    for name, table in tables.tables(scale).items():
+        for claim in table.claims:
+            said = [
+                column
+                for column in tables.paper(name).values()
+                if claim.better in column and claim.worse in column
+            ]
+            assert said, claim

@@ -19,7 +19,7 @@ from tiny import WORDS, assert_close, facts, gpt2, random_episodes, tiny_mend, t
 
 from pymend import Trainer, evaluate
 from pymend.capture import NonFiniteError
-from pymend.config import EditRequest, TrainConfig
+from pymend.config import EditRequest, Probe, TrainConfig
 from pymend.mend import Mend
 from pymend.models import frozen
 from pymend.plots import learning_curves
@@ -361,6 +361,22 @@ def test_no_record_is_told_to_keep_its_own_prompt(edits: int, old: bool) -> None
             kept = episode.locality.ids
             prompts = [e.ids[: e.first + 1] for e in episode.edits]
             assert all(kept[: len(p)] != p for p in prompts)
+
+
+def test_simultaneous_edits_are_of_different_facts_and_keep_others() -> None:
+    """Facts that occur twice, and neighbours that are edited beside them."""
+    drawn = facts(8)
+    twice = [*drawn, *[replace(r, target=drawn[i - 1].target) for i, r in enumerate(drawn)]]
+    near = [
+        replace(r, locality=(Probe(drawn[i - 1].prompt, "x"),)) for i, r in enumerate(twice[8:])
+    ]
+    records = Encoder(tokenizer()).requests([*twice[:8], *near])
+    sampler = Sampler(records, 4, 2, seed=0)
+    for step in range(20):
+        for episode in sampler.step(step):
+            prompts = [row.prompt for row in episode.edits]
+            assert len(set(prompts)) == 4
+            assert episode.locality.prompt not in prompts
 
 
 def test_no_locality_prompt_to_borrow() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
@@ -105,11 +107,21 @@ def _from_files(paths: Mapping[str, Path]) -> Splits:
     test: list[EditRequest]
     if "test" in paths:
         test = load_records(paths["test"])
-        train = without_overlap(train, test)
     else:
         train, test = train[: len(train) // 2], train[len(train) // 2 :]
-    held_out = min(VALIDATION, len(train) // 10)
-    return {"train": train[:-held_out], "validation": train[-held_out:], "test": test}
+    train = without_overlap(train, test)
+    held_out = min(VALIDATION, max(1, len(train) // 10))
+    validation = train[-held_out:]
+    train = without_overlap(train[:-held_out], validation)
+    return {"train": train, "validation": validation, "test": test}
+
+
+def digest(splits: Splits) -> str:
+    """A short name of what the records say."""
+    state = hashlib.sha256()
+    for records in splits.values():
+        state.update(json.dumps([r.to_dict() for r in records]).encode())
+    return state.hexdigest()[:16]
 
 
 def groups(test: list[EditRequest], draws: int, n_edits: int, limit: int) -> list[EditRequest]:

@@ -63,7 +63,8 @@ def _table(
     lines = []
     for kind, prompt, old, new in zip(kinds, prompts, before, after, strict=True):
         if kind == "neighbour":
-            mark = "kept" if old == new else "over-generalised"
+            wrong = new.startswith(request.target) and not old.startswith(request.target)
+            mark = "over-generalised" if wrong else "kept" if old == new else "changed"
         elif new.startswith(request.target):
             mark = "took"
         else:

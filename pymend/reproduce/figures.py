@@ -64,7 +64,7 @@ def _scores(scale: Scale, name: str, table: Table, results: Results, path: Path)
 def _batches(scale: Scale, name: str, table: Table, results: Results, path: Path) -> None:
     """Edit success and drawdown over the number of simultaneous edits."""
     [(setup, column)] = scale.tables[name].items()
-    theirs = paper(name)[column]
+    theirs = paper(name).get(column, {})
     with _figure(path, 2, f"{name}: simultaneous edits, {scale.setups[setup].model}") as axes:
         for algorithm, colour in (("mend", BLUE), ("enn", RED)):
             rows = [row for row in table.rows if row.algorithm == algorithm]
@@ -96,7 +96,9 @@ def _thresholds(scale: Scale, name: str, table: Table, results: Results, path: P
     mend = table.rows[0]
     with _figure(path, len(columns), f"{name}: Cache over its threshold", 4.2) as axes:
         for ax, setup in zip(axes, columns, strict=True):
-            looks = results[Row("", "cache").run(setup)]["thresholds"]
+            looks = results[Row("", "cache").run(setup)].get("thresholds")
+            if not looks:  # no eps* where MEND diverged
+                continue
             kind = scale.setups[setup].drawdown
             own = cell(scale, results, mend, setup)
             parts = (("es_outer", "edit success", BLUE), (kind, "drawdown", RED))

@@ -156,9 +156,16 @@ def load_scale(name: str, quick: bool = False) -> Scale:
         setups = {key: Setup(key, **value) for key, value in raw.pop("setups").items()}
         batches = tuple(raw.pop("batches", Scale.batches))
         scale = Scale(Path(name).stem, setups=setups, batches=batches, **raw)
+        scale = _reduced(scale, reduced) if quick else scale
+        absent = {s for table in scale.tables.values() for s in table} - set(setups)
+        absent |= {"mend", *RIVALS} - set(scale.algorithms)
+        factors = scale.algorithms["cache"].get("factors", FACTORS)
     except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{name} is no scale: {error}") from error
-    return _reduced(scale, reduced) if quick else scale
+        raise ValueError(f"{name} is no scale: {error!r}") from error
+    if absent or not set(FACTORS) <= set(factors):
+        what = f"has no {', '.join(sorted(absent))}" if absent else f"lacks some of {FACTORS}"
+        raise ValueError(f"{name} {what}")
+    return scale
 
 
 def _reduced(scale: Scale, quick: Mapping[str, Any]) -> Scale:

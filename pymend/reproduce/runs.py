@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import multiprocessing
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from pymend.algorithm import Algorithm
 from pymend.algorithms.cache import Cache, find_eps
 from pymend.algorithms.finetune import FineTune
 from pymend.algorithms.registry import TRAINABLE, load_editor
+from pymend.capture import NonFiniteError
 from pymend.config import (
     CacheConfig,
     EditorConfig,
@@ -33,7 +35,7 @@ from pymend.files import read_json, writable_dir, write_json
 from pymend.models.load import load_model
 from pymend.reproduce import data
 from pymend.reproduce.plan import Run, Scale, Settings, Setup
-from pymend.training.trainer import Trainer
+from pymend.training.trainer import DivergedError, Trainer
 
 TUNING = 100  # validation records on which Cache's threshold is found
 
@@ -76,9 +78,9 @@ def start(threads: int, matmul: str) -> None:
     torch.backends.mkldnn.matmul.fp32_precision = matmul  # type: ignore[attr-defined]
 
 
-@cache
+@lru_cache(maxsize=1)
 def loaded(name: str, dtype: str, device: str | None) -> tuple[Any, Any]:
-    """A model and its tokenizer, kept for the runs that follow."""
+    """A model and its tokenizer, kept while the runs that follow are on the same one."""
     return load_model(name, dtype, device)
 
 
@@ -89,7 +91,8 @@ def perform(scale: Scale, run: Run, place: Place, progress: bool = True) -> dict
         ValueError: the folder holds a result of other settings.
     """
     folder, settings = place.folder(run), scale.settings(run)
-    spec, file = _spec(scale.setups[run.setup], run, settings, place), folder / "result.json"
+    bench = _Bench(scale.setups[run.setup], run, place, progress)
+    spec, file = bench.spec(scale, settings), folder / "result.json"
     if file.is_file():
         result = read_json(file)
         if result["spec"] != spec:
@@ -97,7 +100,10 @@ def perform(scale: Scale, run: Run, place: Place, progress: bool = True) -> dict
                 f"{file} is of other settings; choose another output folder, or delete {folder}"
             )
         return result
-    result = {"spec": spec, **_Bench(scale.setups[run.setup], run, place, progress).run(settings)}
+    try:
+        result = {"spec": spec, **bench.run(settings)}
+    except (DivergedError, NonFiniteError) as error:  # as an ablation may
+        result = {"spec": spec, "failed": str(error)}
     writable_dir(folder)
     write_json(file, result)
     return result
@@ -108,13 +114,34 @@ class _Bench:
 
     def __init__(self, setup: Setup, run: Run, place: Place, progress: bool) -> None:
         self.setup, self.of, self.place, self.progress = setup, run, place, progress
-        self.model, self.tokenizer = loaded(setup.model, place.dtype, place.device)
         self.splits = data.records(setup, place.sets, place.files)
 
+    def spec(self, scale: Scale, settings: Settings) -> dict[str, Any]:
+        """What the result depends on, as JSON gives it back."""
+        spec = {
+            "setup": to_json(self.setup),
+            "run": to_json(self.of),
+            "settings": to_json(settings),
+            "records": data.digest(self.splits),
+            "dtype": self.place.dtype,
+            "matmul": self.place.matmul,
+            "seed": self.place.seed,
+        }
+        if self.of.algorithm == "cache":  # its threshold is found from MEND's drawdown
+            spec["mend"] = to_json(scale.settings(Run(self.of.setup, "mend")))
+        return spec
+
     def run(self, settings: Settings) -> dict[str, Any]:
-        """Scores; or why there are none: an ablation may well diverge."""
+        """Scores of what ``settings`` say."""
+        place = self.place
+        self.model, self.tokenizer = loaded(self.setup.model, place.dtype, place.device)
         config = settings.editor
         test = self._part("test", settings.records)
+        if not test:
+            raise ValueError(
+                f"{self.of.name}: no {self.of.n_edits} of {len(self.splits['test'])} test records, "
+                f"at most {settings.records}, make a group; give more records"
+            )
         if isinstance(config, CacheConfig):
             return self._thresholds(settings.factors, test)
         if isinstance(config, FineTuneConfig):
@@ -122,10 +149,7 @@ class _Bench:
             algorithm: Algorithm = FineTune.from_config(self.model, config, self.tokenizer, train)
         else:
             assert settings.train is not None
-            try:
-                algorithm = self._trained(config, settings.train)
-            except RuntimeError as error:
-                return {"failed": str(error)}
+            algorithm = self._trained(config, settings.train)
         return {"metrics": self._scores(algorithm, test)}
 
     def _trained(self, config: EditorConfig, train: TrainConfig) -> Algorithm:
@@ -146,7 +170,10 @@ class _Bench:
     def _thresholds(self, factors: Sequence[float], test: Sequence[EditRequest]) -> dict[str, Any]:
         """Cache at multiples of eps*, where its drawdown on validation records is MEND's."""
         tuning = self._part("validation", TUNING)
-        mend = load_editor(self.place.folder(Run(self.of.setup, "mend")) / "editor")
+        folder = self.place.folder(Run(self.of.setup, "mend"))
+        if "failed" in read_json(folder / "result.json"):
+            return {"failed": "MEND diverged, so there is no eps*"}
+        mend = load_editor(folder / "editor")
 
         def cached(eps: float) -> Cache:
             return Cache(CacheConfig(eps))
@@ -157,7 +184,7 @@ class _Bench:
                 bar.update()
                 return float(self._scores(algorithm, tuning, False)[self.setup.drawdown])
 
-            wanted = drawdown(mend)
+            wanted = max(0.0, drawdown(mend))  # an accuracy that rose by chance is no bound
             best = find_eps(lambda eps: drawdown(cached(eps)), wanted, tolerance=0.05)
         looks = [(f, f * best) for f in factors]
         return {
@@ -186,18 +213,6 @@ class _Bench:
         return {name: value for name, value in metrics.to_dict().items() if name != "records"}
 
 
-def _spec(setup: Setup, run: Run, settings: Settings, place: Place) -> dict[str, Any]:
-    """What a result depends on, as JSON gives it back."""
-    return {
-        "setup": to_json(setup),
-        "run": to_json(run),
-        "settings": to_json(settings),
-        "dtype": place.dtype,
-        "matmul": place.matmul,
-        "seed": place.seed,
-    }
-
-
 # -- many runs -------------------------------------------------------------------------------
 
 
@@ -210,12 +225,15 @@ def perform_all(
     """
     for setup in dict.fromkeys(run.setup for run in runs):
         data.prepare(scale.setups[setup], place.sets)
-        loaded(scale.setups[setup].model, place.dtype, place.device)
+        if jobs > 1:  # small models are made here, once
+            loaded(scale.setups[setup].model, place.dtype, place.device)
+    loaded.cache_clear()
     # Cache's threshold is found from MEND's drawdown.
-    first = [run for run in runs if run.algorithm != "cache"]
     needed = [Run(run.setup, "mend") for run in runs if run.algorithm == "cache"]
-    first = list(dict.fromkeys([*first, *needed]))
-    last = [run for run in runs if run.algorithm == "cache"]
+    # One model after the other: they may not fit side by side.
+    ordered = sorted({*runs, *needed}, key=lambda run: (scale.setups[run.setup].model, run))
+    first = [run for run in ordered if run.algorithm != "cache"]
+    last = [run for run in ordered if run.algorithm == "cache"]
     results: dict[Run, dict[str, Any]] = {}
     bar = tqdm(total=len(first) + len(last), desc="runs", disable=None)
     with bar:
@@ -237,11 +255,14 @@ def _carried_out(
     setting = max(1, torch.get_num_threads() // jobs), place.matmul
     # A fork would inherit locks of torch's threads.
     context = multiprocessing.get_context("spawn")
+    left = iter(runs)
     with ProcessPoolExecutor(jobs, context, start, setting) as pool:
-        waiting = {pool.submit(perform, scale, run, place, False): run for run in runs}
-        try:
-            for done in as_completed(waiting):
-                yield waiting[done], done.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+        waiting: dict[Future[dict[str, Any]], Run] = {}
+        while True:
+            # No more than can run at once: what waits in the pool cannot be called back.
+            for run in islice(left, jobs - len(waiting)):
+                waiting[pool.submit(perform, scale, run, place, False)] = run
+            if not waiting:
+                return
+            for done in wait(waiting, return_when=FIRST_COMPLETED).done:
+                yield waiting.pop(done), done.result()

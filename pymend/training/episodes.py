@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -47,7 +48,8 @@ class Sampler:
         shared = [row for r in records for row in r.locality]
         self.pool = shared or [r.old or r.edit.without_answer() for r in records]
         borrowed = {row.prompt for row in self.pool}
-        short = not all(r.locality for r in records) and len(borrowed) <= edits
+        may_borrow = edits > 1 or not all(r.locality for r in records)
+        short = may_borrow and len(borrowed) <= edits
         if short and borrowed <= {r.edit.prompt for r in records}:
             raise ValueError(
                 "a record without locality prompts has none to borrow: all are its own or those of "
@@ -63,11 +65,28 @@ class Sampler:
         if epoch != self._epoch:
             self._order = list(range(len(self.records)))
             random.Random(f"{self.seed} epoch {epoch}").shuffle(self._order)
+            self._order = self._rounds(self._order)
             self._epoch = epoch
         chosen = self._order[position * self.per_step :][: self.per_step]
         rng = random.Random(f"{self.seed} step {step}")
         groups = [chosen[i : i + self.edits] for i in range(0, len(chosen), self.edits)]
         return [self.episode([self.records[i] for i in group], rng) for group in groups]
+
+    def _rounds(self, order: list[int]) -> list[int]:
+        """``order`` in rounds, in none of which a fact occurs twice.
+
+        A data set may have a fact several times, with other targets: no edit can do them all.
+        """
+        if self.edits == 1:
+            return order
+        times: Counter[tuple[int, ...]] = Counter()
+        turn = {}
+        for i in order:
+            r = self.records[i]
+            fact = min(row.prompt for row in (r.edit, *r.rephrases))
+            turn[i] = times[fact]
+            times[fact] += 1
+        return sorted(order, key=turn.__getitem__)
 
     def episode(self, records: Sequence[EncodedRequest], rng: random.Random) -> Episode:
         """Draw a rephrase for every record and one locality prompt, none that is edited."""
@@ -75,8 +94,7 @@ class Sampler:
         own = records[0].locality
         if len(records) > 1:  # one's neighbour may be edited with it
             taken = {row.prompt for r in records for row in (r.edit, *r.rephrases)}
-            free = [row for r in records for row in r.locality if row.prompt not in taken]
-            own = tuple(free) or own
+            own = tuple(row for r in records for row in r.locality if row.prompt not in taken)
         locality = rng.choice(own or self.pool)
         edited = {r.edit.prompt for r in records}
         while not own and locality.prompt in edited:

@@ -44,6 +44,10 @@ PROGRESS = ("step", "best_step", "skipped", "skipped_in_row")  # counters that a
 A = TypeVar("A", bound=Trainable)
 
 
+class DivergedError(RuntimeError):
+    """``MAX_SKIPPED`` steps in a row had no finite gradient."""
+
+
 class Trainer(Generic[A]):
     """Trains ``algorithm`` on ``train_data`` for ``model``, which is the same bits afterwards.
 
@@ -144,7 +148,7 @@ class Trainer(Generic[A]):
         the reason.
 
         Raises:
-            RuntimeError: ``MAX_SKIPPED`` such steps in a row.
+            DivergedError: ``MAX_SKIPPED`` such steps in a row.
             KeyboardInterrupt: Ctrl-C; the running step was finished, and a checkpoint written.
         """
         config = self.config
@@ -214,7 +218,7 @@ class Trainer(Generic[A]):
     def _warn_of_skip(self, reason: NonFiniteError) -> None:
         warnings.warn(f"step {self.step} was skipped: {reason}", stacklevel=3)
         if self.skipped_in_row >= MAX_SKIPPED:
-            raise RuntimeError(
+            raise DivergedError(
                 f"{self.skipped_in_row} steps in a row were skipped, the last because {reason}; "
                 "lower lr, or load the model in float32"
             ) from reason
