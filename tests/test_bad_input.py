@@ -110,7 +110,7 @@ def test_no_data(model: Any, mend: Mend, tmp_path: Path) -> None:
     for call in (mend.edit, mend.edit_many):
         with pytest.raises(ValueError, match="no request to edit; give at least one"):
             call(model, text, [])
-    with pytest.raises(ValueError, match="no records to evaluate; give at least one"):
+    with pytest.raises(ValueError, match="0 records to evaluate; give at least 1"):
         evaluate(mend, model, text, [], progress=False)
     folder = tmp_path / "out"
     for data in ([], facts(3)):

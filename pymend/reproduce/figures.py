@@ -116,7 +116,7 @@ def _thresholds(scale: Scale, name: str, table: Table, results: Results, path: P
             ax.set_title(f"{Path(scale.setups[setup].model).name}, {setup}", fontsize=9)
             ax.set_ylim(-0.05, 1.55 if kind.startswith("perplexity") else 1.05)
         # Below the curves, never on them.
-        axes[0].legend(loc="lower left", bbox_to_anchor=(-0.02, -0.42), ncols=2, **LEGEND)
+        axes[0].legend(loc="upper left", bbox_to_anchor=(-0.02, -0.2), ncols=2, **LEGEND)
 
 
 def _star(looks: Sequence[Mapping[str, Any]]) -> float:

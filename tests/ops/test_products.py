@@ -20,7 +20,7 @@ needs_onednn = pytest.mark.skipif(products._onednn is None, reason="this torch h
 @pytest.fixture
 def large():
     """A weight large enough for oneDNN, and its bias."""
-    return torch.randn(384, 256) / 16, torch.randn(384)
+    return torch.randn(768, 512) / 16, torch.randn(768)
 
 
 @pytest.fixture
@@ -41,17 +41,17 @@ def calls(monkeypatch):
 @pytest.mark.parametrize("layout", ["plain", "strided rows", "transposed weight", "three dims"])
 @pytest.mark.parametrize("rows", [0, 1, 2, 31, 33])
 def test_product(large, calls, rows, layout):
-    w, x = large[0], torch.randn(rows, 256)
+    w, x = large[0], torch.randn(rows, 512)
     if layout == "strided rows":
         x = with_strides(x)
     if layout == "transposed weight":
         w = w.t().contiguous().t()
     if layout == "three dims":
-        x = x[:, None].expand(rows, 3, 256)
+        x = x[:, None].expand(rows, 3, 512)
     got = products.product(x, w)
-    assert len(calls) == 1 and got.shape == (*x.shape[:-1], 384)
+    assert len(calls) == 1 and got.shape == (*x.shape[:-1], 768)
     exact = x.double() @ w.double().t()
-    assert_no_worse_than_eager(got, x @ w.t(), exact, length=256)
+    assert_no_worse_than_eager(got, x @ w.t(), exact, length=512)
 
 
 @needs_onednn
@@ -59,7 +59,7 @@ def test_product(large, calls, rows, layout):
 def test_frozen_linear(large, calls, with_bias):
     """Value and gradient in x; twice: forward and backward both go through oneDNN."""
     w, b = large[0], large[1] if with_bias else None
-    x = torch.randn(2, 7, 256, requires_grad=True)
+    x = torch.randn(2, 7, 512, requires_grad=True)
     y = products.frozen_linear(x, w, b)
     torch.testing.assert_close(y, F.linear(x, w, b))
     g = torch.randn_like(y)
@@ -74,7 +74,7 @@ def test_frozen_linear(large, calls, with_bias):
 def test_the_usual_way_where_it_must_be(large, calls, monkeypatch):
     """Other dtypes, small or trained weights, reduced precision, autocast and the gate."""
     w, b = large
-    x = torch.randn(4, 256)
+    x = torch.randn(4, 512)
     products.frozen_linear(x.double(), w.double(), b.double())
     products.frozen_linear(x, w[:100], b[:100])
     trained = w.clone().requires_grad_()
@@ -96,7 +96,7 @@ def test_the_usual_way_where_it_must_be(large, calls, monkeypatch):
 @needs_onednn
 def test_spare_rows(large, monkeypatch):
     """Only for the products that MKL gets."""
-    w, rows = large[0], [torch.randn(k, 256) for k in range(6)]
+    w, rows = large[0], [torch.randn(k, 512) for k in range(6)]
     assert not any(products.spare_rows(x, w) for x in rows)
     assert not any(products.spare_rows(x.bfloat16(), w.bfloat16()) for x in rows)
     assert [products.spare_rows(x.double(), w.double()) for x in rows] == [0, 0, 2, 1, 0, 0]
@@ -107,7 +107,7 @@ def test_spare_rows(large, monkeypatch):
 @needs_onednn
 def test_inference_mode_and_threads_change_nothing(large, calls):
     """Where nothing may be saved, and for any number of threads twice the same bits."""
-    (w, b), x = large, torch.randn(33, 256)
+    (w, b), x = large, torch.randn(33, 512)
     want = products.frozen_linear(x, w, b)
     with torch.inference_mode():
         assert torch.equal(products.frozen_linear(x.clone(), w.clone(), b.clone()), want)
@@ -126,7 +126,7 @@ def test_inference_mode_and_threads_change_nothing(large, calls):
 @needs_onednn
 def test_compiles_whole(large):
     w, b = large
-    x = torch.randn(5, 256, requires_grad=True)
+    x = torch.randn(5, 512, requires_grad=True)
     y = products.frozen_linear(x, w, b)
     compiled = torch.compile(products.frozen_linear, fullgraph=True, backend="aot_eager")(x, w, b)
     torch.testing.assert_close(compiled, y)
@@ -136,8 +136,8 @@ def test_compiles_whole(large):
 
 @pytest.mark.parametrize("call", [products.product, products.frozen_linear])
 def test_shapes_that_do_not_fit_are_refused(large, call):
-    with pytest.raises(RuntimeError, match="4x255 and 256x384"):
-        call(torch.randn(4, 255), large[0])
+    with pytest.raises(RuntimeError, match="4x511 and 512x768"):
+        call(torch.randn(4, 511), large[0])
 
 
 @needs_onednn
@@ -147,11 +147,11 @@ def test_frozen_models_use_it_and_are_put_back(calls):
     class Odd(nn.Linear):
         pass
 
-    conv = Conv1D(384, 256)
-    own = nn.Linear(256, 256)
+    conv = Conv1D(768, 512)
+    own = nn.Linear(512, 512)
     own.forward = lambda x: x  # what a wrapper such as a device map does
-    model = nn.Sequential(nn.Linear(256, 256), own, Odd(256, 256), conv)
-    x = torch.randn(3, 256)
+    model = nn.Sequential(nn.Linear(512, 512), own, Odd(512, 512), conv)
+    x = torch.randn(3, 512)
     with torch.no_grad():
         want = model(x)
     kept = own.forward
