@@ -298,3 +298,28 @@ def test_means_and_intervals() -> None:
     low, high = interval([0.0, 1.0] * 50)
     assert 0.38 < low < 0.43 and 0.57 < high < 0.62
     assert interval([0.0, 1.0, 1.0]) == interval([0.0, 1.0, 1.0])
+
+
+def test_an_interval_resamples_groups_whole() -> None:
+    """Copies of a record tell nothing new."""
+    values = [float(i % 3 == 0) for i in range(40)]
+    copied = [v for v in values for _ in range(5)]
+    groups = [i for i in range(40) for _ in range(5)]
+    assert interval(copied, groups) == pytest.approx(interval(values))
+    assert interval(values, list(range(40))) == interval(values)
+    low, high = interval(copied)
+    wide_low, wide_high = interval(copied, groups)
+    assert wide_high - wide_low > 1.8 * (high - low)
+    # Unequal groups: the mean is over records; None is no record.
+    assert interval([1.0, 1.0, None, 0.0], [0, 0, 1, 1])[0] == 0
+    assert interval([0.0, 1.0], [3, 3]) is None and interval([None], [0]) is None
+
+
+@pytest.mark.filterwarnings("ignore:this editor was trained for")
+def test_what_is_resampled() -> None:
+    data = [
+        replace(r, subject=s) for r, s in zip(records()[:4], ("a", None, "a", None), strict=True)
+    ]
+    assert run(gpt2(), data).groups == [0, 1, 0, 3]
+    metrics = run(gpt2(), facts(4), n_edits=2)
+    assert metrics.groups == [0, 0, 1, 1] and metrics.to_dict()["resampled"] == 2

@@ -14,6 +14,7 @@ import torch
 import yaml
 from test_mini import tiny
 
+from pymend.algorithms.registry import load_editor
 from pymend.cli import main
 from pymend.config import CacheConfig, FineTuneConfig, MendConfig
 from pymend.files import exclusive
@@ -205,7 +206,31 @@ def test_a_training_that_diverges_is_shown_as_such(scale_file: Path) -> None:
     assert "steps in a row were skipped" in result["failed"]
     assert tables.cell(scale, {run: result}, tables.MEND, "wikitext") is None
     cached = perform(scale, Run("wikitext", "cache"), place(scale_file), progress=False)
-    assert cached["failed"] == "MEND diverged, so there is no eps*"
+    assert cached["failed"] == "wikitext-mend failed, which it builds on"
+
+
+def test_an_editor_for_several_edits_starts_from_the_one_for_single_edits(
+    scale_file: Path,
+) -> None:
+    scale, several = load_scale(str(scale_file)), Run("zsre", "mend", n_edits=3)
+    still = {**scale.algorithms["mend"], "train_several": {3: {"batch_size": 1, "lr": 1e-12}}}
+    scale = replace(scale, algorithms={**scale.algorithms, "mend": still})
+    results = runs.perform_all(scale, [several], place(scale_file))
+    assert list(results) == [several.after, several]
+    single, trained = (load_editor(place(scale_file).folder(r) / "editor") for r in results)
+    assert trained.n_edits == 3
+    names = dict(single.editor.named_parameters())
+    for name, value in trained.editor.named_parameters():
+        if not name.endswith("alpha"):  # it has a rate of its own
+            torch.testing.assert_close(value, names[name], rtol=0, atol=1e-9)
+
+
+def test_a_table_needs_intervals(scale_file: Path) -> None:
+    scale, run = load_scale(str(scale_file)), Run("zsre", "mend")
+    for kept, what in ((None, "no"), (0.5, "no interval, of several groups, of")):
+        metrics = {"es_outer": kept, "intervals_95": {"es_outer": None}}
+        with pytest.raises(ValueError, match=f"zsre: its test records give {what} es outer"):
+            tables.cell(scale, {run: {"metrics": metrics}}, tables.MEND, "zsre")
 
 
 def test_an_error_is_no_divergence(scale_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,6 +265,7 @@ def test_one_command_at_a_time(scale_file: Path, capsys: pytest.CaptureFixture[s
 
 def test_more_edits_at_once_than_records(scale_file: Path) -> None:
     scale, run = load_scale(str(scale_file)), Run("wikitext", "mend", n_edits=7)
+    perform(scale, run.after, place(scale_file), progress=False)
     with pytest.raises(ValueError, match="no 7 of 8 test records, at most 6, make a group"):
         perform(scale, run, place(scale_file), progress=False)
 

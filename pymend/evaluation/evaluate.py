@@ -51,6 +51,9 @@ def evaluate(
         n_edits: simultaneous edits. Records that fill no such group are left out, and so are
             locality prompts that are edited in their own group.
 
+    Returns:
+        The scores. Their intervals resample subjects, or the groups of simultaneous edits.
+
     Raises:
         ValueError: fewer records than one group, a record that cannot be tokenised or gives an edit
             that is not finite, an empty text, or a model that does not fit.
@@ -85,7 +88,16 @@ def evaluate(
             bar.update(len(chunk))
     named = "the locality texts" if text is None else f"the first {len(text.ids)} tokens of a text"
     seconds = time.perf_counter() - begin
-    return Metrics(scores, n_edits, named, seconds, edit_seconds, peak_memory_bytes())
+    groups = _groups(data[: len(encoded)], n_edits)
+    return Metrics(scores, n_edits, groups, named, seconds, edit_seconds, peak_memory_bytes())
+
+
+def _groups(data: Sequence[EditRequest], n_edits: int) -> list[int]:
+    """What intervals resample whole: records edited together, else those of one subject."""
+    if n_edits > 1:
+        return [i // n_edits for i in range(len(data))]
+    first: dict[str, int] = {}
+    return [i if r.subject is None else first.setdefault(r.subject, i) for i, r in enumerate(data)]
 
 
 def _disjoint(chunk: Sequence[EncodedRequest]) -> list[EncodedRequest]:

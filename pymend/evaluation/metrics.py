@@ -20,18 +20,40 @@ def mean(values: Sequence[float | None]) -> float | None:
     return sum(present) / len(present) if present else None
 
 
-def interval(values: Sequence[float | None]) -> list[float] | None:
-    """95 % bootstrap interval of the mean over records, reproducible."""
-    present = [v for v in values if v is not None]
-    if not present:
+def interval(
+    values: Sequence[float | None], groups: Sequence[int] | None = None
+) -> list[float] | None:
+    """95 % bootstrap interval of the mean over records, reproducible.
+
+    Args:
+        groups: of every record, which group it belongs to; groups are resampled whole. Without it
+            every record is one.
+
+    Returns:
+        Its bounds; None of nothing, or of a single group with several records.
+    """
+    seen = [i for i, v in enumerate(values) if v is not None]
+    x = torch.tensor([[values[i], 1] for i in seen], dtype=torch.float64)
+    sums = _resampled(x, None if groups is None else [groups[i] for i in seen])
+    return None if sums is None else _middle(sums[:, 0] / sums[:, 1])
+
+
+def _resampled(x: Tensor, groups: Sequence[int] | None, resamples: int = 1000) -> Tensor | None:
+    """Sums over draws with replacement from the groups of records ``x`` [n, k]: [resamples, k].
+
+    None if there is nothing to draw from.
+    """
+    if groups is not None:
+        _, index = torch.tensor(groups, dtype=torch.long).unique(return_inverse=True)
+        whole = x.new_zeros(int(index.max()) + 1 if len(index) else 0, *x.shape[1:])
+        if len(whole) == 1 < len(x):
+            return None
+        x = whole.index_add(0, index, x)
+    if not len(x):
         return None
-    return _middle(_resampled(torch.tensor(present, dtype=torch.float64)).mean(1))
-
-
-def _resampled(x: Tensor, resamples: int = 1000) -> Tensor:
-    """Draws with replacement from the records ``x`` [n, ...]: [resamples, n, ...]."""
     generator = torch.Generator().manual_seed(0)
-    return x[torch.randint(len(x), (resamples, len(x)), generator=generator)]
+    drawn = torch.randint(len(x), (resamples, len(x)), generator=generator)
+    return x[drawn].sum(1)
 
 
 def _middle(draws: Tensor) -> list[float]:
@@ -39,9 +61,8 @@ def _middle(draws: Tensor) -> list[float]:
     return torch.quantile(draws, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
 
 
-def _perplexities(x: Tensor) -> Tensor:
-    """Before and after [..., 2], from the texts of records [..., n, 3]: NLL, NLL, tokens."""
-    sums = x.sum(-2)
+def _perplexities(sums: Tensor) -> Tensor:
+    """Before and after [..., 2], from sums over texts [..., 3]: NLL, NLL, tokens."""
     return (sums[..., :2] / sums[..., 2:]).exp()
 
 
@@ -73,6 +94,7 @@ class Metrics:
 
     records: list[RecordScores]
     n_edits: int  # that were made at once
+    groups: list[int]  # of each record; intervals resample groups
     perplexity_text: str
     seconds: float
     edit_seconds: float
@@ -94,14 +116,17 @@ class Metrics:
         x = self._texts()
         if x is None:
             return None
-        before, after = _perplexities(x).tolist()
+        before, after = _perplexities(x.sum(0)).tolist()
         return before, after
 
     def _perplexity_interval(self) -> list[float] | None:
         x = self._texts()
         if x is None:
             return None
-        before, after = _perplexities(_resampled(x)).nan_to_num().unbind(-1)
+        sums = _resampled(x, self.groups)
+        if sums is None:
+            return None
+        before, after = _perplexities(sums).nan_to_num().unbind(-1)
         return _middle(after - before)
 
     def to_dict(self) -> dict[str, Any]:
@@ -111,7 +136,7 @@ class Metrics:
         before, after = self.perplexity or (None, None)
         drawdown = None if before is None or after is None else after - before
         n = len(self.records)
-        intervals = {k: interval([getattr(r, k) for r in self.records]) for k in names}
+        intervals = {k: interval([getattr(r, k) for r in self.records], self.groups) for k in names}
         return {
             **{name: self.value(name) for name in names},
             "perplexity_drawdown": drawdown,
@@ -122,6 +147,7 @@ class Metrics:
             "edits_per_second": n / self.edit_seconds,
             "peak_memory_bytes": self.peak_memory_bytes,
             "intervals_95": {**intervals, "perplexity_drawdown": self._perplexity_interval()},
+            "resampled": len(set(self.groups)),
             "perplexity": {"before": before, "after": after, "text": self.perplexity_text},
             "locality_protocol": "share of positions predicting the locality answer whose argmax "
             "equals the unedited model's, mean over records",

@@ -74,6 +74,19 @@ class Run:
         parts = (self.setup, self.algorithm.replace("+", "-"), self.variant, several)
         return "-".join(p.replace(" ", "-") for p in parts if p)
 
+    @property
+    def after(self) -> Run | None:
+        """The run it builds on.
+
+        Cache's threshold is found from MEND's drawdown; an editor for several edits at once is
+        trained on from the one for single edits.
+        """
+        if self.algorithm == "cache":
+            return Run(self.setup, "mend")
+        if self.n_edits > 1:
+            return replace(self, n_edits=1)
+        return None
+
 
 @dataclass(frozen=True)
 class Settings:

@@ -101,6 +101,8 @@ def perform(scale: Scale, run: Run, place: Place, progress: bool = True) -> dict
             )
         return result
     try:
+        if run.after and "failed" in read_json(place.folder(run.after) / "result.json"):
+            raise DivergedError(f"{run.after.name} failed, which it builds on")
         result = {"spec": spec, **bench.run(settings)}
     except (DivergedError, NonFiniteError) as error:  # as an ablation may
         result = {"spec": spec, "failed": str(error)}
@@ -127,8 +129,8 @@ class _Bench:
             "matmul": self.place.matmul,
             "seed": self.place.seed,
         }
-        if self.of.algorithm == "cache":  # its threshold is found from MEND's drawdown
-            spec["mend"] = to_json(scale.settings(Run(self.of.setup, "mend")))
+        if self.of.after:
+            spec["after"] = to_json(scale.settings(self.of.after))
         return spec
 
     def run(self, settings: Settings) -> dict[str, Any]:
@@ -154,8 +156,12 @@ class _Bench:
 
     def _trained(self, config: EditorConfig, train: TrainConfig) -> Algorithm:
         torch.manual_seed(self.place.seed)
+        algorithm = TRAINABLE[self.of.algorithm].from_config(self.model, config)
+        if self.of.n_edits > 1:
+            single = load_editor(self._folder_before())
+            algorithm.editor.load_state_dict(single.editor.state_dict())
         trainer = Trainer(
-            TRAINABLE[self.of.algorithm].from_config(self.model, config),
+            algorithm,
             self.model,
             self.tokenizer,
             self.splits["train"],
@@ -167,13 +173,14 @@ class _Bench:
         )
         return trainer.train()
 
+    def _folder_before(self) -> Path:
+        assert self.of.after
+        return self.place.folder(self.of.after) / "editor"
+
     def _thresholds(self, factors: Sequence[float], test: Sequence[EditRequest]) -> dict[str, Any]:
         """Cache at multiples of eps*, where its drawdown on validation records is MEND's."""
         tuning = self._part("validation", TUNING)
-        folder = self.place.folder(Run(self.of.setup, "mend"))
-        if "failed" in read_json(folder / "result.json"):
-            return {"failed": "MEND diverged, so there is no eps*"}
-        mend = load_editor(folder / "editor")
+        mend = load_editor(self._folder_before())
 
         def cached(eps: float) -> Cache:
             return Cache(CacheConfig(eps))
@@ -228,12 +235,11 @@ def perform_all(
         if jobs > 1:  # small models are made here, once
             loaded(scale.setups[setup].model, place.dtype, place.device)
     loaded.cache_clear()
-    # Cache's threshold is found from MEND's drawdown.
-    needed = [Run(run.setup, "mend") for run in runs if run.algorithm == "cache"]
+    needed = [run.after for run in runs if run.after]
     # One model after the other: they may not fit side by side.
     ordered = sorted({*runs, *needed}, key=lambda run: (scale.setups[run.setup].model, run))
-    first = [run for run in ordered if run.algorithm != "cache"]
-    last = [run for run in ordered if run.algorithm == "cache"]
+    first = [run for run in ordered if not run.after]
+    last = [run for run in ordered if run.after]
     results: dict[Run, dict[str, Any]] = {}
     bar = tqdm(total=len(first) + len(last), desc="runs", disable=None)
     with bar:

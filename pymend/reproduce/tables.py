@@ -23,8 +23,8 @@ PROTOCOL = (
     "Edit success is `es_outer`, what the paper's tables were made with: teacher-forced exact "
     "match on one random rephrase of each edit. Drawdown is of the exact match on the true answers "
     "of locality prompts, on Wikitext of the perplexity of locality passages. In brackets 95 % "
-    "intervals, bootstrapped over records: too narrow where a fact occurs in several drawings, or "
-    "facts are edited together. Seconds per edit were taken beside the other runs of `--jobs`."
+    "intervals by bootstrap, in which records of a subject, or of a group of simultaneous edits, "
+    "are drawn together. Seconds per edit were taken beside the other runs of `--jobs`."
 )
 
 
@@ -168,8 +168,9 @@ def cell(scale: Scale, results: Results, row: Row, setup: str) -> Cell | None:
     kind = scale.setups[setup].drawdown
     spread = metrics["intervals_95"]
     for name in ("es_outer", kind):
-        if metrics[name] is None:
-            raise ValueError(f"{setup}: its test records give no {name.replace('_', ' ')}")
+        if spread[name] is None:
+            what = "no" if metrics[name] is None else "no interval, of several groups, of"
+            raise ValueError(f"{setup}: its test records give {what} {name.replace('_', ' ')}")
     return Cell(
         metrics["es_outer"], tuple(spread["es_outer"]), metrics[kind], tuple(spread[kind]), metrics
     )
