@@ -150,7 +150,7 @@ def test_all_tables_of_a_scale(
 
     for name in ("_trained", "_thresholds", "_scores"):
         monkeypatch.setattr(runs._Bench, name, refuse)
-    monkeypatch.setattr(costs, "measure", refuse)
+    monkeypatch.setattr(costs, "_measure_all", refuse)
     before = four
     assert reproduce(scale_file, "all") == 0
     assert (output / "table4.md").read_text() == before

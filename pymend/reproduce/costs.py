@@ -17,15 +17,15 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from pymend.algorithm import Algorithm
 from pymend.algorithms.cache import Cache
 from pymend.algorithms.finetune import FineTune
 from pymend.algorithms.registry import TRAINABLE
 from pymend.config import CacheConfig, FineTuneConfig
+from pymend.data.builders import Splits
 from pymend.files import read_json, write_json
 from pymend.report import number
 from pymend.reproduce import data, figures
-from pymend.reproduce.plan import RIVALS, Run, Scale
+from pymend.reproduce.plan import RIVALS, Run, Scale, Settings
 from pymend.reproduce.runs import Place, loaded, start
 from pymend.reproduce.tables import markdown, write_csv, write_text
 from pymend.training.trainer import Trainer
@@ -35,10 +35,11 @@ ALGORITHMS = ("mend", *RIVALS)
 TITLES = {"memory": "Memory", "time": "Time"}
 UNITS = {"memory": "MiB", "time": "seconds"}
 NOTE = (
-    "Each algorithm in a process of its own. Memory is the peak of resident memory (on a GPU, of "
-    "what torch allocated) on top of the loaded model and the untrained editor. Time is the median "
-    f"of {STEPS} training steps and of {EDITS} edits, one at a time, in which FT takes up to 100 "
-    "steps. The paper gives memory as a picture only, and no times."
+    "The steps and the edits of each algorithm in processes of their own. Memory is the peak of "
+    "resident memory (on a GPU, of what torch allocated) on top of the loaded model and the "
+    f"untrained editor. Time is the median of {STEPS} training steps and of {EDITS} edits, one at "
+    "a time, in which FT takes up to 100 steps. The paper gives memory as a picture only, and no "
+    "times."
 )
 
 
@@ -88,58 +89,83 @@ def machine() -> str:
 def _measure_all(scale: Scale, setups: Sequence[str], place: Place) -> list[dict[str, Any]]:
     """What every algorithm takes on every setup, one after the other.
 
-    A process of its own for each, since memory that was freed is not given back to the system.
+    A process for each measurement, since memory that was freed is not given back to the system.
     """
     found = []
     context = multiprocessing.get_context("spawn")
+    setting = torch.get_num_threads(), place.matmul
     jobs = [Run(setup, algorithm) for setup in setups for algorithm in ALGORITHMS]
     for run in tqdm(jobs, "costs"):
         data.prepare(scale.setups[run.setup], place.sets)
-        with ProcessPoolExecutor(
-            1, context, start, (torch.get_num_threads(), place.matmul)
-        ) as pool:
-            found.append(pool.submit(measure, scale, run, place).result())
+        train = scale.settings(run).train
+        costs = {
+            "setup": run.setup,
+            "algorithm": run.algorithm,
+            "episodes in a step": train.batch_size if train else "-",
+        }
+        for measure in (measure_steps, measure_edits):
+            with ProcessPoolExecutor(1, context, start, setting) as pool:
+                costs |= pool.submit(measure, scale, run, place).result()
+        found.append(costs)
     return found
 
 
-def measure(scale: Scale, run: Run, place: Place) -> dict[str, Any]:
-    """Extra peak memory [MiB] and median seconds of a training step and of an edit.
+def measure_steps(scale: Scale, run: Run, place: Place) -> dict[str, float]:
+    """Extra peak memory [MiB] and median seconds of a training step, and the editor's memory.
 
-    Extra is what comes on top of the loaded model and the untrained editor, which is given apart.
+    Extra is what comes on top of the loaded model and the untrained editor. Nothing of an algorithm
+    without training.
     """
-    setup, settings = scale.setups[run.setup], scale.settings(run)
-    model, tokenizer = loaded(setup.model, place.dtype, place.device)
-    splits = data.records(setup, place.sets, place.files)
-    train, test = splits["train"][:200], splits["test"][:EDITS]
-    result: dict[str, Any] = {"setup": run.setup, "algorithm": run.algorithm}
-    result["episodes in a step"] = settings.train.batch_size if settings.train else "-"
+    model, tokenizer, splits = _loaded(scale, run, place)
+    settings = scale.settings(run)
+    if settings.train is None:
+        return {}
     begin = _memory(model)
-    algorithm: Algorithm
-    if isinstance(settings.editor, CacheConfig):
-        algorithm = Cache(settings.editor)
-    elif isinstance(settings.editor, FineTuneConfig):
-        algorithm = FineTune.from_config(model, settings.editor, tokenizer, train)
-    else:
-        assert settings.train is not None
-        algorithm = TRAINABLE[run.algorithm].from_config(model, settings.editor)
-        result["editor MiB"] = _mib(_memory(model), begin)
-        begin = _restart(model)
-        # No shortcut by a cache: the step as it is.
-        config = replace(settings.train, steps=STEPS, save_every=2 * STEPS, prefix_cache="none")
-        with tempfile.TemporaryDirectory() as scratch:
-            Trainer(algorithm, model, tokenizer, train, [], config, scratch, progress=False).train()
-            log = (Path(scratch) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        result["step MiB"] = _mib(_peak(model), begin)
-        result["step seconds"] = statistics.median(json.loads(line)["seconds"] for line in log)
+    algorithm = _untrained(run, settings, model, tokenizer, splits)
+    own = _mib(_memory(model), begin)
+    begin = _restart(model)
+    # No shortcut by a cache: the step as it is.
+    config = replace(settings.train, steps=STEPS, save_every=2 * STEPS, prefix_cache="none")
+    train = splits["train"]
+    with tempfile.TemporaryDirectory() as scratch:
+        Trainer(algorithm, model, tokenizer, train, [], config, scratch, progress=False).train()
+        log = (Path(scratch) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return {
+        "editor MiB": own,
+        "step MiB": _mib(_peak(model), begin),
+        "step seconds": statistics.median(json.loads(line)["seconds"] for line in log),
+    }
+
+
+def measure_edits(scale: Scale, run: Run, place: Place) -> dict[str, float]:
+    """Extra peak memory [MiB] and median seconds of an edit, by an untrained editor."""
+    model, tokenizer, splits = _loaded(scale, run, place)
+    algorithm = _untrained(run, scale.settings(run), model, tokenizer, splits)
     begin = _restart(model)
     seconds = []
-    for request in test:
+    for request in splits["test"]:
         start = time.perf_counter()
         algorithm.edit(model, tokenizer, request)
         seconds.append(time.perf_counter() - start)
-    result["edit MiB"] = _mib(_peak(model), begin)
-    result["edit seconds"] = statistics.median(seconds)
-    return result
+    return {"edit MiB": _mib(_peak(model), begin), "edit seconds": statistics.median(seconds)}
+
+
+def _loaded(scale: Scale, run: Run, place: Place) -> tuple[Any, Any, Splits]:
+    """The model, its tokenizer and the records that are measured on."""
+    setup = scale.setups[run.setup]
+    splits = data.records(setup, place.sets, place.files)
+    few: Splits = {"train": splits["train"][:200], "test": splits["test"][:EDITS]}
+    return *loaded(setup.model, place.dtype, place.device), few
+
+
+def _untrained(run: Run, settings: Settings, model: Any, tokenizer: Any, splits: Splits) -> Any:
+    """The algorithm of ``run``."""
+    config = settings.editor
+    if isinstance(config, CacheConfig):
+        return Cache(config)
+    if isinstance(config, FineTuneConfig):
+        return FineTune.from_config(model, config, tokenizer, splits["train"])
+    return TRAINABLE[run.algorithm].from_config(model, config)
 
 
 def _mib(now: int, before: int) -> float:
