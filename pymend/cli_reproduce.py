@@ -79,11 +79,14 @@ def _pages(
     shown = [name for name in names if name in examples.TITLES]
     runs += [Run(setup, "mend") for name in shown for setup in scale.tables[name]]
     results = perform_all(scale, list(dict.fromkeys(runs)), place, args.jobs)
+    if set(names) & set(COSTS):
+        costs.measured(scale, output, place)
+    memory = costs.memory_of_edits(output)
     for name in names:
         command = _command(args, name)
         if name in scored:
             table = scored[name]
-            page = tables.write(scale, name, table, results, output, command, args.seed)
+            page = tables.write(scale, name, table, results, memory, output, command, args.seed)
             figures.draw(scale, name, table, results, output / f"{name}.png")
         elif name in shown:
             page = examples.write(scale, name, output, command, place)

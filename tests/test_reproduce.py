@@ -143,6 +143,8 @@ def test_all_tables_of_a_scale(
     cost = json.loads((output / "costs.json").read_text())["costs"]
     assert [c["algorithm"] for c in cost] == ["mend", "cache"]
     assert cost[0]["step seconds"] > 0 and "step seconds" not in cost[1]
+    extra = {(row["setup"], row["row"]): row["extra MiB"] for row in sheet}
+    assert extra["zsre", "MEND"] == f"{cost[0]['edit MiB']:.1f}" and extra["zsre", "FT"] == "-"
 
     # Nothing is done twice.
     def refuse(*_: Any) -> None:

@@ -17,15 +17,16 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from pymend.algorithm import Algorithm
 from pymend.algorithms.cache import Cache
 from pymend.algorithms.finetune import FineTune
-from pymend.algorithms.registry import TRAINABLE
-from pymend.config import CacheConfig, FineTuneConfig
+from pymend.algorithms.registry import TRAINABLE, load_editor
+from pymend.config import CacheConfig, EditorConfig, FineTuneConfig
 from pymend.data.builders import Splits
 from pymend.files import read_json, write_json
 from pymend.report import number
 from pymend.reproduce import data, figures
-from pymend.reproduce.plan import RIVALS, Run, Scale, Settings
+from pymend.reproduce.plan import RIVALS, Run, Scale
 from pymend.reproduce.runs import Place, loaded, start
 from pymend.reproduce.tables import markdown, write_csv, write_text
 from pymend.training.trainer import Trainer
@@ -43,16 +44,28 @@ NOTE = (
 )
 
 
-def write(scale: Scale, name: str, folder: Path, command: str, place: Place) -> Path:
-    """Measure what ``memory`` and ``time`` show, once for both; write ``name``.md, .csv and .png.
+def measured(scale: Scale, folder: Path, place: Place) -> dict[str, Any]:
+    """What ``memory`` and ``time`` show, measured once for both.
 
-    ``costs.json`` keeps the measurements; delete it to measure again.
+    ``costs.json`` keeps it; delete it to measure again.
     """
     file = folder / "costs.json"
     if not file.is_file():
         setups = dict.fromkeys(s for part in TITLES for s in scale.tables.get(part, {}))
         write_json(file, {"machine": machine(), "costs": _measure_all(scale, list(setups), place)})
-    known = read_json(file)
+    return read_json(file)
+
+
+def memory_of_edits(folder: Path) -> dict[Run, float]:
+    """Extra peak memory of an edit [MiB], of the runs that were measured for ``folder``."""
+    file = folder / "costs.json"
+    costs = read_json(file)["costs"] if file.is_file() else []
+    return {Run(c["setup"], c["algorithm"]): c["edit MiB"] for c in costs}
+
+
+def write(scale: Scale, name: str, folder: Path, command: str, place: Place) -> Path:
+    """Write ``name``.md, .csv and .png of :func:`measured`."""
+    known = measured(scale, folder, place)
     unit = UNITS[name]
     kinds = [f"{what} {unit}" for what in ("editor", "step", "edit")]
     costs = [c for c in known["costs"] if c["setup"] in scale.tables[name]]
@@ -103,33 +116,34 @@ def _measure_all(scale: Scale, setups: Sequence[str], place: Place) -> list[dict
             "algorithm": run.algorithm,
             "episodes in a step": train.batch_size if train else "-",
         }
-        for measure in (measure_steps, measure_edits):
-            with ProcessPoolExecutor(1, context, start, setting) as pool:
-                costs |= pool.submit(measure, scale, run, place).result()
+        with tempfile.TemporaryDirectory() as scratch:
+            for measure in (measure_steps, measure_edits) if train else (measure_edits,):
+                with ProcessPoolExecutor(1, context, start, setting) as pool:
+                    costs |= pool.submit(measure, scale, run, place, Path(scratch)).result()
         found.append(costs)
     return found
 
 
-def measure_steps(scale: Scale, run: Run, place: Place) -> dict[str, float]:
+def measure_steps(scale: Scale, run: Run, place: Place, scratch: Path) -> dict[str, float]:
     """Extra peak memory [MiB] and median seconds of a training step, and the editor's memory.
 
-    Extra is what comes on top of the loaded model and the untrained editor. Nothing of an algorithm
-    without training.
+    Extra is what comes on top of the loaded model and the untrained editor.
+
+    Args:
+        scratch: an empty folder that receives the editor.
     """
     model, tokenizer, splits = _loaded(scale, run, place)
     settings = scale.settings(run)
-    if settings.train is None:
-        return {}
+    assert settings.train is not None and isinstance(settings.editor, EditorConfig)
     begin = _memory(model)
-    algorithm = _untrained(run, settings, model, tokenizer, splits)
+    algorithm = TRAINABLE[run.algorithm].from_config(model, settings.editor)
     own = _mib(_memory(model), begin)
     begin = _restart(model)
     # No shortcut by a cache: the step as it is.
     config = replace(settings.train, steps=STEPS, save_every=2 * STEPS, prefix_cache="none")
     train = splits["train"]
-    with tempfile.TemporaryDirectory() as scratch:
-        Trainer(algorithm, model, tokenizer, train, [], config, scratch, progress=False).train()
-        log = (Path(scratch) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    Trainer(algorithm, model, tokenizer, train, [], config, scratch, progress=False).train()
+    log = (scratch / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return {
         "editor MiB": own,
         "step MiB": _mib(_peak(model), begin),
@@ -137,10 +151,22 @@ def measure_steps(scale: Scale, run: Run, place: Place) -> dict[str, float]:
     }
 
 
-def measure_edits(scale: Scale, run: Run, place: Place) -> dict[str, float]:
-    """Extra peak memory [MiB] and median seconds of an edit, by an untrained editor."""
+def measure_edits(scale: Scale, run: Run, place: Place, scratch: Path) -> dict[str, float]:
+    """Extra peak memory [MiB] and median seconds of an edit.
+
+    Args:
+        scratch: holds the editor, of an algorithm that is trained.
+    """
     model, tokenizer, splits = _loaded(scale, run, place)
-    algorithm = _untrained(run, scale.settings(run), model, tokenizer, splits)
+    config = scale.settings(run).editor
+    algorithm: Algorithm
+    if isinstance(config, CacheConfig):
+        algorithm = Cache(config)
+    elif isinstance(config, FineTuneConfig):
+        algorithm = FineTune.from_config(model, config, tokenizer, splits["train"])
+    else:
+        algorithm = load_editor(scratch)
+        algorithm.fit(model)
     begin = _restart(model)
     seconds = []
     for request in splits["test"]:
@@ -156,16 +182,6 @@ def _loaded(scale: Scale, run: Run, place: Place) -> tuple[Any, Any, Splits]:
     splits = data.records(setup, place.sets, place.files)
     few: Splits = {"train": splits["train"][:200], "test": splits["test"][:EDITS]}
     return *loaded(setup.model, place.dtype, place.device), few
-
-
-def _untrained(run: Run, settings: Settings, model: Any, tokenizer: Any, splits: Splits) -> Any:
-    """The algorithm of ``run``."""
-    config = settings.editor
-    if isinstance(config, CacheConfig):
-        return Cache(config)
-    if isinstance(config, FineTuneConfig):
-        return FineTune.from_config(model, config, tokenizer, splits["train"])
-    return TRAINABLE[run.algorithm].from_config(model, config)
 
 
 def _mib(now: int, before: int) -> float:

@@ -24,7 +24,8 @@ PROTOCOL = (
     "match on one random rephrase of each edit. Drawdown is of the exact match on the true answers "
     "of locality prompts, on Wikitext of the perplexity of locality passages. In brackets 95 % "
     "intervals by bootstrap, in which records of a subject, or of a group of simultaneous edits, "
-    "are drawn together. Seconds per edit were taken beside the other runs of `--jobs`."
+    "are drawn together. Seconds per edit were taken beside the other runs of `--jobs`; extra MiB "
+    "are the peak memory of an edit over the loaded model, where `memory` was measured."
 )
 
 
@@ -204,11 +205,19 @@ def _span(interval: tuple[float, float]) -> str:
 
 
 def write(
-    scale: Scale, name: str, table: Table, results: Results, folder: Path, command: str, seed: int
+    scale: Scale,
+    name: str,
+    table: Table,
+    results: Results,
+    memory: Mapping[Run, float],
+    folder: Path,
+    command: str,
+    seed: int,
 ) -> Path:
     """Write ``name``.md, .csv and .json into ``folder``; return the first.
 
     Args:
+        memory: extra peak memory of an edit [MiB], of runs where it was measured.
         command: makes this table again.
     """
     columns = scale.tables[name]
@@ -224,7 +233,7 @@ def write(
         lines += ["## What the paper's table shows", ""]
         lines += markdown(("where", "claim", "here", "edit success or drawdown"), claims)
         lines.append("")
-    details = _details(scale, table, columns, cells, results)
+    details = _details(scale, table, columns, cells, results, memory)
     lines += ["## Every run", "", *markdown(tuple(details[0]), [[*d.values()] for d in details])]
     lines += ["", f"![{table.title}]({name}.png)", ""]
     write_text(folder / f"{name}.md", "\n".join(lines))
@@ -283,6 +292,7 @@ def _details(
     columns: Mapping[str, str],
     cells: Mapping[tuple[str, str], Cell | None],
     results: Results,
+    memory: Mapping[Run, float],
 ) -> list[dict[str, Any]]:
     """One line for each cell, with every score."""
     lines = []
@@ -304,6 +314,7 @@ def _details(
             line["seconds per edit"] = (
                 number(1 / metrics["edits_per_second"]) if metrics else "diverged"
             )
+            line["extra MiB"] = number(memory.get(row.run(setup)), 1)
             lines.append(line)
     return lines
 
