@@ -17,7 +17,16 @@ from typing import Any
 import pytest
 import torch
 from test_mend import parity, recorded_model, recorded_rows, under
-from tiny import FAMILY, assert_close, facts, llama, official_name, seasoned_mend, tokenizer
+from tiny import (
+    FAMILY,
+    VARIANTS,
+    assert_close,
+    facts,
+    llama,
+    official_name,
+    seasoned_mend,
+    tokenizer,
+)
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
@@ -28,16 +37,6 @@ from pymend.models import frozen
 from pymend.replay import Replay
 
 families = pytest.mark.parametrize("family", FAMILY)
-VARIANTS: list[dict[str, Any]] = [
-    {},
-    {"shared": False},
-    {"combine": False},
-    {"combine": False, "one_sided": True},
-    {"combine": False, "x_only": True},
-    {"combine": False, "delta_only": True},
-    {"norm": False},
-    {"init": "xavier"},
-]
 UNTOLD = ("norm", "init", "n_edits")  # what an archive does not tell
 
 
@@ -88,7 +87,9 @@ def assert_same_edit(mend: Mend, other: Mend, model: Any) -> None:
         assert torch.equal(g.alpha, f.alpha), f"alpha of {name}"
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: " ".join(v) or "default")
+@pytest.mark.parametrize(
+    "variant", [{}, {"shared": False}, *VARIANTS], ids=lambda v: " ".join(v) or "default"
+)
 @families
 def test_an_archive_of_an_editor_is_that_editor(
     family: str, variant: dict[str, Any], tmp_path: Path

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import (
     FAMILY,
+    VARIANTS,
     assert_close,
     assert_moments,
     gpt2,
@@ -141,18 +142,7 @@ def test_float32(family: str) -> None:
     check_against_reference(model, tiny_mend(model), random_episodes(3), "both", 1e-5)
 
 
-@pytest.mark.parametrize(
-    "variant",
-    [
-        {"combine": False},
-        {"combine": False, "one_sided": True},
-        {"combine": False, "x_only": True},
-        {"combine": False, "delta_only": True},
-        {"norm": False},
-        {"init": "xavier"},
-    ],
-    ids=lambda v: " ".join(v),
-)
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: " ".join(v))
 @pytest.mark.parametrize("family", FAMILY)
 def test_variants(family: str, variant: dict[str, Any]) -> None:
     model = FAMILY[family](dtype=f64)

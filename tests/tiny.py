@@ -93,6 +93,15 @@ def exact_norms(model: Any) -> Any:
 
 
 FAMILY = {"gpt2": gpt2, "llama": llama}
+# Of the editor's networks, as settings of MEND.
+VARIANTS: list[dict[str, Any]] = [
+    {"combine": False},
+    {"combine": False, "one_sided": True},
+    {"combine": False, "x_only": True},
+    {"combine": False, "delta_only": True},
+    {"norm": False},
+    {"init": "xavier"},
+]
 
 
 def random_row(rng: random.Random, length: int, answer: int) -> Row:
