@@ -134,12 +134,19 @@ def dense_batch(row: Row) -> dict[str, Tensor]:
 # -- time ----------------------------------------------------------------------------------------
 
 
+ROUND = 5e-3  # seconds that a round of a rival takes at least
+
+
+def no_undo() -> None:
+    """Of a call that leaves nothing to be undone."""
+
+
 @dataclass(frozen=True)
 class Rival:
     """One side of a comparison. ``undo`` takes back what ``call`` did, outside of the timing."""
 
     call: Callable[[], object]
-    undo: Callable[[], object] = lambda: None
+    undo: Callable[[], object] = no_undo
     goal: float = 0.0  # wanted times faster than the first rival; 0: none stated
     flops: int | None = None  # of one call, where torch's counter does not know its ops
 
@@ -147,22 +154,40 @@ class Rival:
 def interleaved(
     rivals: Mapping[str, Rival], rounds: int, warmup: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of every round of each rival, one round of each after the other.
+    """Seconds of a call of each rival, of every round: one round of each after the other.
 
-    The order moves on by one each round: none always runs on the caches that another left.
+    The order moves on by one each round: none always runs on the caches that another left. Short
+    calls are timed many at a time, as ``torch.utils.benchmark`` does.
     """
     order = list(rivals.items())
+    calls = {name: _calls_in_a_round(rival) for name, rival in order}
     seconds: dict[str, list[float]] = {name: [] for name in rivals}
     for done in range(-warmup, rounds):
         shift = done % len(order)
         for name, rival in order[shift:] + order[:shift]:
             begin = time.perf_counter()
+            for _ in range(calls[name] - 1):
+                rival.call()
             result = rival.call()
             if done >= 0:
-                seconds[name].append(time.perf_counter() - begin)
+                seconds[name].append((time.perf_counter() - begin) / calls[name])
             rival.undo()
             del result
     return seconds
+
+
+def _calls_in_a_round(rival: Rival) -> int:
+    """Enough to fill ``ROUND``; one where each has to be undone."""
+    if rival.undo is not no_undo:
+        return 1
+    took = math.inf
+    for _ in range(2):  # the first call may build what later ones use
+        begin = time.perf_counter()
+        rival.call()
+        took = time.perf_counter() - begin
+        if took > 50 * ROUND:
+            break
+    return max(1, math.ceil(ROUND / took))
 
 
 def compare(
