@@ -13,8 +13,6 @@
 namespace pymend {
 namespace {
 
-constexpr int TILE = 16;  // rows of one unit of work: a multiple of the four that are computed together
-
 // The power of two that brings x near 1, as far as a float can tell.
 float unit_scale(float x) {
   return x != 0 && std::isfinite(x) ? std::ldexp(1.0f, std::clamp(-std::ilogb(x), -100, 100)) : 1.0f;
@@ -32,18 +30,21 @@ Tensor run(const std::vector<Tensor>& weights, const std::vector<Tensor>& u, con
 
   std::vector<int> matrix_of;  // per tile
   std::vector<RowsStep> how;
+  int64_t most = 0;  // rows of factors
   for (size_t i = 0; i < matrices.size(); ++i) {
     how.push_back({-step[i], unit_scale(step[i] * largest_change(matrices[i])), !seeds.empty()});
+    most = std::max(most, matrices[i].n);
     matrices[i].first_tile = static_cast<int64_t>(matrix_of.size());
     const bool empty = matrices[i].n == 0 || matrices[i].cols == 0;
     matrix_of.resize(matrix_of.size() + (empty ? 0 : ceil_div(matrices[i].rows, TILE)), static_cast<int>(i));
   }
   std::vector<Kept> partial(matrix_of.size());
   parallel_for(0, static_cast<int64_t>(partial.size()), 1, [&](int64_t first, int64_t last) {
+    std::vector<float> packed(most * TILE);
     for (int64_t tile = first; tile < last; ++tile) {
       const auto& m = matrices[matrix_of[tile]];
-      const int64_t begin = (tile - m.first_tile) * TILE;
-      partial[tile] = update_rows(m, how[matrix_of[tile]], begin, std::min<int64_t>(begin + TILE, m.rows));
+      const int64_t begin = (tile - m.first_tile) * TILE, end = std::min<int64_t>(begin + TILE, m.rows);
+      partial[tile] = update_rows(m, how[matrix_of[tile]], begin, end, packed.data());
     }
   });
 

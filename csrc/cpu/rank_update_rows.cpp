@@ -20,16 +20,24 @@ constexpr int LANES = 4;
 constexpr int PAIR = 2;  // vectors side by side: 8 chains of multiply-adds hide their latency
 typedef float Lanes __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float)), may_alias));
 
-// sum[r][j] = sum_k row[k, rows[r]] * col[k, col0 + j] for j in [j0, j0 + WIDE * LANES)
+// Copies `row` of rows [begin, end) to packed [n, TILE]: in place, a column of it falls into one set of the L1 cache if
+// m.rows is a multiple of 1024. Past the end the last row again, computed and not used.
+template <typename T>
+PYMEND_INLINE void pack(const RankUpdate<T>& m, int64_t begin, int64_t end, float* packed) {
+  for (int64_t k = 0; k < m.n; ++k) {
+    const float* row = m.row + k * m.rows;
+    for (int r = 0; r < TILE; ++r) packed[k * TILE + r] = row[begin + r < end ? begin + r : end - 1];
+  }
+}
+
+// sum[r][j] = sum_k row[k, r] * col[k, col0 + j] for j in [j0, j0 + WIDE * LANES); `row` is packed.
 template <int WIDE, typename T>
-PYMEND_INLINE void product_lanes(const RankUpdate<T>& m, const int64_t* rows, int64_t col0, int j0,
-                                 float (*sum)[SPAN]) {
+PYMEND_INLINE void product_lanes(const RankUpdate<T>& m, const float* row, int64_t col0, int j0, float (*sum)[SPAN]) {
   Lanes total[ROWS][WIDE] = {};
-  const float* row = m.row;
   const float* col = m.col + col0 + j0;
-  for (int64_t k = 0; k < m.n; ++k, row += m.rows, col += m.cols) {
+  for (int64_t k = 0; k < m.n; ++k, row += TILE, col += m.cols) {
     for (int r = 0; r < ROWS; ++r) {
-      for (int w = 0; w < WIDE; ++w) total[r][w] += row[rows[r]] * *reinterpret_cast<const Lanes*>(col + w * LANES);
+      for (int w = 0; w < WIDE; ++w) total[r][w] += row[r] * *reinterpret_cast<const Lanes*>(col + w * LANES);
     }
   }
   for (int r = 0; r < ROWS; ++r) {
@@ -38,14 +46,14 @@ PYMEND_INLINE void product_lanes(const RankUpdate<T>& m, const int64_t* rows, in
 }
 
 template <typename T>
-PYMEND_INLINE void product(const RankUpdate<T>& m, const int64_t* rows, int64_t col0, int width, float (*sum)[SPAN]) {
+PYMEND_INLINE void product(const RankUpdate<T>& m, const float* row, int64_t col0, int width, float (*sum)[SPAN]) {
   int j = 0;
-  for (; j + PAIR * LANES <= width; j += PAIR * LANES) product_lanes<PAIR>(m, rows, col0, j, sum);
-  for (; j + LANES <= width; j += LANES) product_lanes<1>(m, rows, col0, j, sum);
+  for (; j + PAIR * LANES <= width; j += PAIR * LANES) product_lanes<PAIR>(m, row, col0, j, sum);
+  for (; j + LANES <= width; j += LANES) product_lanes<1>(m, row, col0, j, sum);
   for (; j < width; ++j) {
     for (int r = 0; r < ROWS; ++r) {
       float total = 0;
-      for (int64_t k = 0; k < m.n; ++k) total += m.row[k * m.rows + rows[r]] * m.col[k * m.cols + col0 + j];
+      for (int64_t k = 0; k < m.n; ++k) total += row[k * TILE + r] * m.col[k * m.cols + col0 + j];
       sum[r][j] = total;
     }
   }
@@ -72,18 +80,15 @@ PYMEND_INLINE void fetch(const T* weight, int width) {
 }
 
 template <bool RANDOM, typename T>
-PYMEND_INLINE Kept update(const RankUpdate<T>& m, RowsStep how, int64_t begin, int64_t end) {
+PYMEND_INLINE Kept update(const RankUpdate<T>& m, RowsStep how, int64_t begin, int64_t end, float* packed) {
   Kept kept;
   float sum[ROWS][SPAN];
+  pack(m, begin, end, packed);
   for (int64_t col = 0; col < m.cols; col += SPAN) {
     const int width = static_cast<int>(m.cols - col < SPAN ? m.cols - col : SPAN);
     for (int64_t row = begin; row < end; row += ROWS) {
-      int64_t rows[ROWS];  // past the end: the last one again, computed and not used
-      for (int r = 0; r < ROWS; ++r) {
-        rows[r] = row + r < end ? row + r : end - 1;
-        fetch(m.weight + rows[r] * m.cols + col, width);
-      }
-      product(m, rows, col, width, sum);
+      for (int r = 0; r < ROWS && row + r < end; ++r) fetch(m.weight + (row + r) * m.cols + col, width);
+      product(m, packed + (row - begin), col, width, sum);
       for (int r = 0; r < ROWS && row + r < end; ++r) {
         const int64_t position = (row + r) * m.cols + col;
         kept.add(round_row<RANDOM>(m.weight + position, sum[r], how, width, m.seed, position));
@@ -112,14 +117,14 @@ PYMEND_INLINE float bound(const RankUpdate<T>& m) {
 
 }  // namespace
 
-Kept update_rows(const RankUpdate<Bf16>& m, RowsStep how, int64_t begin, int64_t end) {
-  return how.random ? update<true>(m, how, begin, end) : update<false>(m, how, begin, end);
+Kept update_rows(const RankUpdate<Bf16>& m, RowsStep how, int64_t begin, int64_t end, float* packed) {
+  return how.random ? update<true>(m, how, begin, end, packed) : update<false>(m, how, begin, end, packed);
 }
-Kept update_rows(const RankUpdate<Fp16>& m, RowsStep how, int64_t begin, int64_t end) {
-  return how.random ? update<true>(m, how, begin, end) : update<false>(m, how, begin, end);
+Kept update_rows(const RankUpdate<Fp16>& m, RowsStep how, int64_t begin, int64_t end, float* packed) {
+  return how.random ? update<true>(m, how, begin, end, packed) : update<false>(m, how, begin, end, packed);
 }
-Kept update_rows(const RankUpdate<float>& m, RowsStep how, int64_t begin, int64_t end) {
-  return update<false>(m, how, begin, end);
+Kept update_rows(const RankUpdate<float>& m, RowsStep how, int64_t begin, int64_t end, float* packed) {
+  return update<false>(m, how, begin, end, packed);
 }
 float largest_change(const RankUpdate<Bf16>& m) { return bound(m); }
 float largest_change(const RankUpdate<Fp16>& m) { return bound(m); }

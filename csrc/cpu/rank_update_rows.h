@@ -12,18 +12,21 @@ struct RowsStep {
   bool random;
 };
 
-// Updates rows [begin, end) of a weight. What was kept is counted in units of 1 / scale.
+constexpr int TILE = 16;  // rows of one unit of work: a multiple of the four that are computed together
+
+// Updates rows [begin, end) of a weight, at most TILE. What was kept is counted in units of 1 / scale.
+// `packed` is room for [n, TILE].
 template <typename T>
-using UpdateRows = Kept (*)(const RankUpdate<T>& matrix, RowsStep how, int64_t begin, int64_t end);
+using UpdateRows = Kept (*)(const RankUpdate<T>& matrix, RowsStep how, int64_t begin, int64_t end, float* packed);
 
 // A bound of |sum_k row_k col_k^T|.
 template <typename T>
 using LargestChange = float (*)(const RankUpdate<T>& matrix);
 
-#define PYMEND_DECLARE_LEVEL_OF(level, T)                                                  \
-  namespace level {                                                                       \
-  Kept update_rows(const RankUpdate<T>& matrix, RowsStep how, int64_t begin, int64_t end); \
-  float largest_change(const RankUpdate<T>& matrix);                                      \
+#define PYMEND_DECLARE_LEVEL_OF(level, T)                                                                 \
+  namespace level {                                                                                      \
+  Kept update_rows(const RankUpdate<T>& matrix, RowsStep how, int64_t begin, int64_t end, float* packed); \
+  float largest_change(const RankUpdate<T>& matrix);                                                     \
   }
 #define PYMEND_DECLARE_LEVEL(level)     \
   PYMEND_DECLARE_LEVEL_OF(level, Bf16)  \
