@@ -111,11 +111,13 @@ class Trainable(Algorithm):
             NonFiniteError: the captured gradients or the factors are not finite.
         """
 
-    def penalty(self, replay: Replay, locality: Batch, base: LabelRows) -> Tensor | None:
+    def penalty(
+        self, replay: Replay, locality: Batch, base: LabelRows, episodes: int
+    ) -> Tensor | None:
         """What the outer loss has besides edit and locality loss, [episodes]; None for nothing.
 
         Args:
-            locality: one row an episode.
+            locality: that many equal groups of rows.
             base: the model on it.
         """
         return None

@@ -83,10 +83,10 @@ def definition(
     for name, grad, alpha in zip(names, grads, enn.editor.alpha, strict=True):
         edited[name] = params[name] - alpha * grad
     with torch.no_grad():
-        original, _ = run([episode.locality], None)
+        original, _ = run(list(episode.locality), None)
     outer = nll(episode.rephrases, edited)
-    kept = kl(original, run([episode.locality], edited)[0])
-    drift = kl(original, run([episode.locality], params)[0])
+    kept = kl(original, run(list(episode.locality), edited)[0])
+    drift = kl(original, run(list(episode.locality), params)[0])
     return outer, kept, enn.config.c_base * drift
 
 

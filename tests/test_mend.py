@@ -71,7 +71,7 @@ def reference_steps(
                 moments,
                 inner,
                 {"both": [inner, rephrase], "rephrase": rephrase, "prompt": inner}[outer],
-                reference_batch([e.locality]),
+                reference_batch(e.locality),
                 c_edit=C_EDIT,
                 c_loc=C_LOC,
                 **variant,
@@ -193,7 +193,7 @@ def test_official_numerics() -> None:
     model = gpt2(dtype=f64)
     mend = tiny_mend(model, official=True)
     episodes = [
-        Episode(e.edits, e.rephrases, Row(e.locality.ids, 0, answer=False))
+        Episode(e.edits, e.rephrases, tuple(Row(x.ids, 0, answer=False) for x in e.locality))
         for e in random_episodes(2, edits=2)
     ]
     assert (mend.editor.alpha < 0).all()

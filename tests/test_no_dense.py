@@ -116,7 +116,7 @@ def test_the_mode_catches_the_dense_reference(model: Any) -> None:
     params, alphas, moments = ref.init_editor(model, names, 7)
     (episode,) = random_episodes(1)
     batches = [reference_batch(rows) for rows in (episode.edits, episode.rephrases)]
-    loc = reference_batch([episode.locality])
+    loc = reference_batch(list(episode.locality))
     with (
         pytest.raises(AssertionError, match="the size of"),
         NoDense(model, mend.weights),

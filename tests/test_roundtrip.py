@@ -160,7 +160,7 @@ def edits_of(model: Any, count: int, **config: Any) -> list[Edit]:
 def test_merge_and_unmerge(family: str, dtype: torch.dtype) -> None:
     model = FAMILY[family](dtype=dtype)
     (edit,) = edits_of(model, 1)
-    rows = [random_episodes(1)[0].locality]
+    rows = list(random_episodes(1)[0].locality)
     before, plain = snapshot(model), logits_of(model, rows)
     with traceless(model):
         fidelity = edit.merge_(model)
@@ -259,7 +259,7 @@ def test_non_finite_factors_are_refused_before_anything_is_written(part: str, ba
 def test_nested_edits_act_together_and_leave_one_by_one() -> None:
     model = llama()
     first, second = edits_of(model, 2)
-    rows = [random_episodes(1)[0].locality]
+    rows = list(random_episodes(1)[0].locality)
     plain = logits_of(model, rows)
     with first.applied(model):
         once = logits_of(model, rows)

@@ -117,10 +117,10 @@ def random_episodes(count: int, edits: int = 1, seed: int = 0) -> list[Episode]:
     def rows() -> tuple[Row, ...]:
         return tuple(random_row(rng, rng.randint(5, 9), rng.randint(1, 3)) for _ in range(edits))
 
-    return [
-        Episode(rows(), rows(), random_row(rng, rng.randint(4, 8), 2 if i % 2 else 0))
-        for i in range(count)
-    ]
+    def kept(answer: int) -> tuple[Row, ...]:
+        return tuple(random_row(rng, rng.randint(4, 8), answer) for _ in range(edits))
+
+    return [Episode(rows(), rows(), kept(2 if i % 2 else 0)) for i in range(count)]
 
 
 def facts(count: int, seed: int = 0, locality: bool = True, old: bool = True) -> list[EditRequest]:

@@ -153,11 +153,12 @@ class Enn(Trainable):
             for holder, key, own in places:
                 holder[key] = own
 
-    def penalty(self, replay: Replay, locality: Batch, base: LabelRows) -> Tensor:
+    def penalty(self, replay: Replay, locality: Batch, base: LabelRows, episodes: int) -> Tensor:
         """c_base KL(model || adapted base) on the locality rows, [episodes]."""
         with self.adapted(replay.model, torch.is_grad_enabled()):
             kl = replay.label_rows(locality).losses(base=base).kl
-        return self.config.c_base * mean_per_row(kl, locality.row, len(locality.rows))
+        size = len(locality.rows) // episodes
+        return self.config.c_base * mean_per_row(kl, locality.row // size, episodes)
 
     # -- editing -----------------------------------------------------------------------------
 

@@ -22,11 +22,11 @@ class Episode:
 
     edits: tuple[Row, ...]
     rephrases: tuple[Row, ...]
-    locality: Row
+    locality: tuple[Row, ...]  # as many as edits
 
     def rows(self) -> tuple[Row, ...]:
         """Everything the model will be run on."""
-        return (*self.edits, *self.rephrases, self.locality)
+        return (*self.edits, *self.rephrases, *self.locality)
 
 
 class Sampler:
@@ -89,17 +89,28 @@ class Sampler:
         return sorted(order, key=turn.__getitem__)
 
     def episode(self, records: Sequence[EncodedRequest], rng: random.Random) -> Episode:
-        """Draw a rephrase for every record and one locality prompt, none that is edited."""
+        """Draw a rephrase and a locality prompt for every record, none that is edited."""
         rephrases = [rng.choice(r.rephrases) if r.rephrases else r.edit for r in records]
-        own = records[0].locality
+        taken: set[tuple[int, ...]] = set()
         if len(records) > 1:  # one's neighbour may be edited with it
             taken = {row.prompt for r in records for row in (r.edit, *r.rephrases)}
-            own = tuple(row for r in records for row in r.locality if row.prompt not in taken)
-        locality = rng.choice(own or self.pool)
         edited = {r.edit.prompt for r in records}
+        locality = [self._locality(r, taken, edited, rng) for r in records]
+        return Episode(tuple(r.edit for r in records), tuple(rephrases), tuple(locality))
+
+    def _locality(
+        self,
+        record: EncodedRequest,
+        taken: set[tuple[int, ...]],
+        edited: set[tuple[int, ...]],
+        rng: random.Random,
+    ) -> Row:
+        """A locality prompt of ``record`` that is not ``taken``, or a borrowed one."""
+        own = [row for row in record.locality if row.prompt not in taken]
+        locality = rng.choice(own or self.pool)
         while not own and locality.prompt in edited:
             locality = rng.choice(self.pool)
-        return Episode(tuple(r.edit for r in records), tuple(rephrases), locality)
+        return locality
 
 
 @dataclass(frozen=True)
@@ -133,7 +144,7 @@ def run_episodes(
     replay.load([row for e in episodes for row in e.rows()])
     edits, rephrases, locality = (
         Batch.of([row for e in episodes for row in part(e)], replay.device)
-        for part in (lambda e: e.edits, lambda e: e.rephrases, lambda e: (e.locality,))
+        for part in (lambda e: e.edits, lambda e: e.rephrases, lambda e: e.locality)
     )
     with torch.no_grad():
         base = replay.label_rows(locality)
@@ -149,13 +160,14 @@ def run_episodes(
     nll = [look[0] for kind, look in looks.items() if outer in (kind, "both")]
     hits = {kind: look[1] for kind, look in looks.items()}
     same = (kept.best == kept.base_best).double()
+    episode = locality.row // (len(locality.rows) // n)
     return EpisodeScores(
         nll=torch.stack(nll).mean(0),
-        kl=mean_per_row(kept.kl, locality.row, n),
+        kl=mean_per_row(kept.kl, episode, n),
         edit_success=hits.get("prompt"),
         generality=hits.get("rephrase"),
-        locality=mean_per_row(same, locality.row, n),
-        penalty=algorithm.penalty(replay, locality, base),
+        locality=mean_per_row(same, episode, n),
+        penalty=algorithm.penalty(replay, locality, base, n),
     )
 
 
