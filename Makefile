@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest
 ASAN := build/asan
 CXX ?= c++
 
-.PHONY: setup build style quality test test-slow emu asan demo reproduce wheel wheel-check bench gpu gpu-dry-run
+.PHONY: setup build style quality test test-slow emu asan demo reproduce wheel wheel-check docs bench gpu gpu-dry-run
 
 setup:  ## .venv with torch, dependencies and the package; TORCH=... and PYTHON=... override
 	@tools/setup.sh
@@ -56,6 +56,9 @@ wheel: setup  ## dist/*.whl, for every Python from 3.10 on
 
 wheel-check: wheel  ## the one wheel under torch 2.11, 2.13 and 2.14 (CUDA builds: GBs); CHECK="torch==..." chooses
 	@tools/check_wheel.sh $(CHECK)
+
+docs: setup  ## the tables of measurements in README and docs, from the raw rows
+	$(BIN)/python benchmarks/report.py
 
 bench: build
 	$(PYTEST) benchmarks
