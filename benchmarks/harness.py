@@ -200,8 +200,9 @@ def compare(
         episodes: edits in one call.
 
     Returns:
-        A row per rival. ``spread`` is (slowest - fastest) / median; ``ceiling`` is the share of the
-        call that its own arithmetic (or ``weights``) would take at the machine's best rate.
+        A row per rival. ``calls`` counts rounds. ``spread`` is (slowest - fastest) / median;
+        ``ceiling`` is the share of the call that its own arithmetic (or ``weights``) would take at
+        the machine's best rate.
     """
     seconds = interleaved(rivals, rounds)
     base = statistics.median(next(iter(seconds.values())))

@@ -78,10 +78,10 @@ def _pages(
     runs = [run for name, table in scored.items() for run in tables.needed(scale, name, table)]
     shown = [name for name in names if name in examples.TITLES]
     runs += [Run(setup, "mend") for name in shown for setup in scale.tables[name]]
+    if set(names) & set(COSTS):  # first: what fails here should not cost hours of training
+        costs.measured(scale, place)
     results = perform_all(scale, list(dict.fromkeys(runs)), place, args.jobs)
-    if set(names) & set(COSTS):
-        costs.measured(scale, output, place)
-    memory = costs.memory_of_edits(output)
+    memory = costs.memory_of_edits(scale, place)
     for name in names:
         command = _command(args, name)
         if name in scored:
@@ -91,7 +91,7 @@ def _pages(
         elif name in shown:
             page = examples.write(scale, name, output, command, place)
         else:
-            page = costs.write(scale, name, output, command, place)
+            page = costs.write(scale, name, command, place)
         yield page
 
 

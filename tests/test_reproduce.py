@@ -268,7 +268,7 @@ def test_one_command_at_a_time(scale_file: Path, capsys: pytest.CaptureFixture[s
 def test_more_edits_at_once_than_records(scale_file: Path) -> None:
     scale, run = load_scale(str(scale_file)), Run("wikitext", "mend", n_edits=7)
     perform(scale, run.after, place(scale_file), progress=False)
-    with pytest.raises(ValueError, match="no 7 of 8 test records, at most 6, make a group"):
+    with pytest.raises(ValueError, match="8 test records, at most 6, make no two groups of 7"):
         perform(scale, run, place(scale_file), progress=False)
 
 
@@ -307,8 +307,12 @@ def test_settings_of_a_run() -> None:
 def test_groups_stay_within_a_drawing() -> None:
     test: list[Any] = list(range(20))  # two drawings of ten
     assert data.groups(test, 2, 1, 7) == list(range(7))
-    assert data.groups(test, 2, 3, 100) == [*range(9), *range(10, 19)]
-    assert data.groups(test, 2, 3, 10) == list(range(9))
+    several = data.groups(test, 2, 3, 100)
+    first, second = several[:9], several[9:]
+    assert set(first) < set(range(10)) and set(second) < set(range(10, 20))
+    assert [len(first), len(set(first)), len(second), len(set(second))] == [9] * 4
+    assert first != [x - 10 for x in second], "their groups are of other facts"
+    assert data.groups(test, 2, 3, 10) == first
 
 
 def test_halves_of_one_file(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from pymend.algorithm import Algorithm
 from pymend.algorithms.cache import Cache
 from pymend.algorithms.finetune import FineTune
 from pymend.algorithms.registry import TRAINABLE, load_editor
-from pymend.config import CacheConfig, EditorConfig, FineTuneConfig
+from pymend.config import CacheConfig, EditorConfig, FineTuneConfig, to_json
 from pymend.data.builders import Splits
 from pymend.files import read_json, write_json
 from pymend.report import number
@@ -38,34 +38,54 @@ UNITS = {"memory": "MiB", "time": "seconds"}
 NOTE = (
     "The steps and the edits of each algorithm in processes of their own. Memory is the peak of "
     "resident memory (on a GPU, of what torch allocated) on top of the loaded model and the "
-    f"untrained editor. Time is the median of {STEPS} training steps and of {EDITS} edits, one at "
-    "a time, in which FT takes up to 100 steps. The paper gives memory as a picture only, and no "
-    "times."
+    "editor, what libraries allocate at first use included. Time is the median of "
+    f"{STEPS} training steps and of {EDITS} edits, one at a time, in which FT takes up to 100 "
+    "steps. The paper gives memory as a picture only, and no times."
 )
 
 
-def measured(scale: Scale, folder: Path, place: Place) -> dict[str, Any]:
+def measured(scale: Scale, place: Place) -> dict[str, Any]:
     """What ``memory`` and ``time`` show, measured once for both.
 
     ``costs.json`` keeps it; delete it to measure again.
+
+    Raises:
+        ValueError: the file is of other settings.
     """
-    file = folder / "costs.json"
+    file, spec = place.output / "costs.json", _spec(scale, place)
     if not file.is_file():
-        setups = dict.fromkeys(s for part in TITLES for s in scale.tables.get(part, {}))
-        write_json(file, {"machine": machine(), "costs": _measure_all(scale, list(setups), place)})
-    return read_json(file)
+        costs = _measure_all(scale, _setups(scale), place)
+        write_json(file, {"spec": spec, "machine": machine(), "costs": costs})
+    known = read_json(file)
+    if known.get("spec") != spec:
+        raise ValueError(f"{file} is of other settings; delete it to measure again")
+    return known
 
 
-def memory_of_edits(folder: Path) -> dict[Run, float]:
-    """Extra peak memory of an edit [MiB], of the runs that were measured for ``folder``."""
-    file = folder / "costs.json"
-    costs = read_json(file)["costs"] if file.is_file() else []
+def memory_of_edits(scale: Scale, place: Place) -> dict[Run, float]:
+    """Extra peak memory of an edit [MiB], of the runs that were measured."""
+    known = (place.output / "costs.json").is_file()
+    costs = measured(scale, place)["costs"] if known else []
     return {Run(c["setup"], c["algorithm"]): c["edit MiB"] for c in costs}
 
 
-def write(scale: Scale, name: str, folder: Path, command: str, place: Place) -> Path:
+def _setups(scale: Scale) -> list[str]:
+    return list(dict.fromkeys(s for part in TITLES for s in scale.tables.get(part, {})))
+
+
+def _spec(scale: Scale, place: Place) -> dict[str, Any]:
+    """What the measurements depend on, as JSON gives it back."""
+    runs = [Run(setup, algorithm) for setup in _setups(scale) for algorithm in ALGORITHMS]
+    return {
+        "dtype": place.dtype,
+        "matmul": place.matmul,
+        "settings": {run.name: to_json(scale.settings(run)) for run in runs},
+    }
+
+
+def write(scale: Scale, name: str, command: str, place: Place) -> Path:
     """Write ``name``.md, .csv and .png of :func:`measured`."""
-    known = measured(scale, folder, place)
+    folder, known = place.output, measured(scale, place)
     unit = UNITS[name]
     kinds = [f"{what} {unit}" for what in ("editor", "step", "edit")]
     costs = [c for c in known["costs"] if c["setup"] in scale.tables[name]]
@@ -181,7 +201,10 @@ def _loaded(scale: Scale, run: Run, place: Place) -> tuple[Any, Any, Splits]:
     setup = scale.setups[run.setup]
     splits = data.records(setup, place.sets, place.files)
     few: Splits = {"train": splits["train"][:200], "test": splits["test"][:EDITS]}
-    return *loaded(setup.model, place.dtype, place.device), few
+    model, tokenizer = loaded(setup.model, place.dtype, place.device)
+    for parameter in model.parameters():  # a file's pages are read at first use
+        parameter.sum()
+    return model, tokenizer, few
 
 
 def _mib(now: int, before: int) -> float:

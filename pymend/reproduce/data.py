@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
@@ -127,9 +128,12 @@ def digest(splits: Splits) -> str:
 def groups(test: list[EditRequest], draws: int, n_edits: int, limit: int) -> list[EditRequest]:
     """Up to ``limit`` records in groups of ``n_edits`` that are all of one drawing.
 
-    Within a drawing every fact occurs once, so no group edits a fact twice.
+    Within a drawing every fact occurs once, so no group edits a fact twice. All drawings have the
+    same facts: they are shuffled, each in its own way, so that groups differ in theirs.
     """
     size = len(test) // draws
     parts = [test[i * size : (i + 1) * size] for i in range(draws)]
+    if n_edits > 1:
+        parts = [random.Random(i).sample(part, size) for i, part in enumerate(parts)]
     whole = [r for part in parts for r in part[: len(part) // n_edits * n_edits]]
     return whole[: limit // n_edits * n_edits]

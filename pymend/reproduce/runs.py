@@ -93,20 +93,22 @@ def perform(scale: Scale, run: Run, place: Place, progress: bool = True) -> dict
     folder, settings = place.folder(run), scale.settings(run)
     bench = _Bench(scale.setups[run.setup], run, place, progress)
     spec, file = bench.spec(scale, settings), folder / "result.json"
-    if file.is_file():
-        result = read_json(file)
-        if result["spec"] != spec:
+    begun = folder / "spec.json"
+    for kept in (file, begun):
+        if kept.is_file() and read_json(kept)["spec"] != spec:
             raise ValueError(
-                f"{file} is of other settings; choose another output folder, or delete {folder}"
+                f"{kept} is of other settings; choose another output folder, or delete {folder}"
             )
-        return result
+    if file.is_file():
+        return read_json(file)
+    writable_dir(folder)
+    write_json(begun, {"spec": spec})
     try:
         if run.after and "failed" in read_json(place.folder(run.after) / "result.json"):
             raise DivergedError(f"{run.after.name} failed, which it builds on")
         result = {"spec": spec, **bench.run(settings)}
     except (DivergedError, NonFiniteError) as error:  # as an ablation may
         result = {"spec": spec, "failed": str(error)}
-    writable_dir(folder)
     write_json(file, result)
     return result
 
@@ -139,10 +141,10 @@ class _Bench:
         self.model, self.tokenizer = loaded(self.setup.model, place.dtype, place.device)
         config = settings.editor
         test = self._part("test", settings.records)
-        if not test:
+        if not test or len(test) == self.of.n_edits > 1:
             raise ValueError(
-                f"{self.of.name}: no {self.of.n_edits} of {len(self.splits['test'])} test records, "
-                f"at most {settings.records}, make a group; give more records"
+                f"{self.of.name}: {len(self.splits['test'])} test records, at most "
+                f"{settings.records}, make no two groups of {self.of.n_edits}; give more records"
             )
         if isinstance(config, CacheConfig):
             return self._thresholds(settings.factors, test)
