@@ -102,7 +102,7 @@ def write(scale: Scale, name: str, command: str, place: Place) -> Path:
     write_csv(folder / f"{name}.csv", head, rows)
     panels = {
         f"{kind}, {setup}": {
-            c["algorithm"]: max(c[kind], 1e-3) for c in costs if c["setup"] == setup and kind in c
+            c["algorithm"]: c[kind] for c in costs if c["setup"] == setup and kind in c
         }
         for kind in kinds[-2:]
         for setup in scale.tables[name]

@@ -124,10 +124,12 @@ def _star(looks: Sequence[Mapping[str, Any]]) -> float:
 
 
 def bars(title: str, unit: str, values: Mapping[str, Mapping[str, float]], path: Path) -> None:
-    """A panel for each key of ``values``, in it a bar for each of its names; log scale."""
+    """A panel for each key of ``values``, in it a bar for each of its names, with its number."""
     with _figure(path, len(values), title, 4.2) as axes:
         for ax, (panel, named) in zip(axes, values.items(), strict=True):
-            ax.barh(list(named)[::-1], list(named.values())[::-1], color=GREEN)
-            ax.set_xscale("log")
+            drawn = ax.barh(list(named)[::-1], list(named.values())[::-1], color=GREEN)
+            ax.bar_label(drawn, fmt="%.3g", padding=3, fontsize=8)
+            ax.margins(x=0.15)
+            ax.set_axisbelow(True)
             ax.set_xlabel(unit)
             ax.set_title(panel, fontsize=9)
