@@ -151,9 +151,7 @@ class Rival:
     flops: int | None = None  # of one call, where torch's counter does not know its ops
 
 
-def interleaved(
-    rivals: Mapping[str, Rival], rounds: int, warmup: int = 1
-) -> dict[str, list[float]]:
+def interleaved(rivals: Mapping[str, Rival], rounds: int) -> dict[str, list[float]]:
     """Seconds of a call of each rival, of every round: one round of each after the other.
 
     The order moves on by one each round: none always runs on the caches that another left. Short
@@ -162,32 +160,28 @@ def interleaved(
     order = list(rivals.items())
     calls = {name: _calls_in_a_round(rival) for name, rival in order}
     seconds: dict[str, list[float]] = {name: [] for name in rivals}
-    for done in range(-warmup, rounds):
+    for done in range(rounds):
         shift = done % len(order)
         for name, rival in order[shift:] + order[:shift]:
             begin = time.perf_counter()
             for _ in range(calls[name] - 1):
                 rival.call()
             result = rival.call()
-            if done >= 0:
-                seconds[name].append((time.perf_counter() - begin) / calls[name])
+            seconds[name].append((time.perf_counter() - begin) / calls[name])
             rival.undo()
             del result
     return seconds
 
 
 def _calls_in_a_round(rival: Rival) -> int:
-    """Enough to fill ``ROUND``; one where each has to be undone."""
-    if rival.undo is not no_undo:
-        return 1
-    took = math.inf
-    for _ in range(2):  # the first call may build what later ones use
+    """Enough to fill ``ROUND``, or one where each has to be undone; found by two untimed calls."""
+    took = 0.0
+    for _ in range(2):  # the first may build what later ones use
         begin = time.perf_counter()
         rival.call()
         took = time.perf_counter() - begin
-        if took > 50 * ROUND:
-            break
-    return max(1, math.ceil(ROUND / took))
+        rival.undo()
+    return max(1, math.ceil(ROUND / took)) if rival.undo is no_undo else 1
 
 
 def compare(

@@ -93,8 +93,8 @@ def perform(scale: Scale, run: Run, place: Place, progress: bool = True) -> dict
     folder, settings = place.folder(run), scale.settings(run)
     bench = _Bench(scale.setups[run.setup], run, place, progress)
     spec, file = bench.spec(scale, settings), folder / "result.json"
-    begun = folder / "spec.json"
-    for kept in (file, begun):
+    begun = folder / "spec.json"  # what a training that was interrupted depends on
+    for kept in (file, begun) if (folder / "editor").is_dir() else (file,):
         if kept.is_file() and read_json(kept)["spec"] != spec:
             raise ValueError(
                 f"{kept} is of other settings; choose another output folder, or delete {folder}"
