@@ -71,14 +71,16 @@ def _pages(
     """Carry out what the tables ``names`` need, and write them."""
     from pymend.reproduce import costs, examples, figures, tables
     from pymend.reproduce.plan import Run
-    from pymend.reproduce.runs import perform_all
+    from pymend.reproduce.runs import make_models, perform_all
 
     output = place.output
     scored = {name: table for name, table in tables.tables(scale).items() if name in names}
     runs = [run for name, table in scored.items() for run in tables.needed(scale, name, table)]
     shown = [name for name in names if name in examples.TITLES]
     runs += [Run(setup, "mend") for name in shown for setup in scale.tables[name]]
-    if set(names) & set(COSTS):  # first: what fails here should not cost hours of training
+    measured = [s for name in set(names) & set(COSTS) for s in scale.tables[name]]
+    make_models(scale, [*(run.setup for run in runs), *measured], args.jobs)
+    if measured:  # first: what fails here should not cost hours of training
         costs.measured(scale, place)
     results = perform_all(scale, list(dict.fromkeys(runs)), place, args.jobs)
     memory = costs.memory_of_edits(scale, place)

@@ -315,6 +315,74 @@ def test_groups_stay_within_a_drawing() -> None:
     assert data.groups(test, 2, 3, 10) == first
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "name"),
+    [
+        ("Paris", "Lisbon", "Parbon"),
+        ("Wat Pho", "the Great Wall", "Wat Great Wall"),
+        ("A Tale of Two Cities", "Ulysses", "A Tale of Ulysses"),
+        ("Emma", "Moll Flanders", "Emma Flanders"),
+    ],
+)
+def test_a_name_of_two(first: str, second: str, name: str) -> None:
+    assert data.invented(first, second) == name
+
+
+@pytest.mark.parametrize("kind", ["qa", "claims"])
+def test_invented_subjects(kind: str, tmp_path: Path) -> None:
+    setup = Setup("facts", "no model", kind, draws=2, invented=3)
+    data.prepare(setup, tmp_path)
+    parts = data.records(setup, tmp_path, None)
+    drawn = data.records(replace(setup, invented=0), tmp_path, None)
+    assert {s: parts[s] == drawn[s] for s in drawn} == dict(train=False, validation=True, test=True)
+    size = len(drawn["train"])
+    assert parts["train"][:size] == drawn["train"]
+    more = parts["train"][size:]
+    assert len(more) == 3 * size // 2
+    names = [str(r.subject) for r in more]
+    real = {r.subject for part in drawn.values() for r in part}
+    assert not real & set(names) and len(set(names)) > 1000
+    first, third = more[: size // 2], more[size:]  # of the same drawing
+    assert [r.target for r in first] == [r.target for r in third]
+    assert [r.subject for r in first] != [r.subject for r in third]
+    for record, of in zip(first, drawn["train"], strict=False):
+        assert record.ground_truth is None and record.locality == of.locality
+        for text, before in zip(
+            (record.prompt, *record.rephrases), (of.prompt, *of.rephrases), strict=True
+        ):
+            assert text == before.replace(str(of.subject), str(record.subject)) != before
+
+
+def test_a_set_without_subjects_has_none_to_invent(tmp_path: Path) -> None:
+    setup = Setup("passages", "gpt2-mini", "wikitext", invented=1)
+    folder = tmp_path / "wikitext-gpt2-mini-0"
+    folder.mkdir()
+    for name in ("card.json", "train.jsonl", "validation.jsonl", "test.jsonl"):
+        (folder / name).write_text('{"prompt": "One begins", "target": "thus"}')
+    with pytest.raises(ValueError, match="'One begins' names no subject"):
+        data.records(setup, tmp_path, None)
+
+
+def test_models_are_made_side_by_side(
+    scale_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Each is made once, in a process of its own; those that others make are left alone."""
+    scale = load_scale(str(scale_file))
+    monkeypatch.setenv("PYMEND_CACHE", str(tmp_path / "cache"))
+    runs.make_models(scale, ["zsre", "wikitext", "zsre"], jobs=2)
+    assert not (tmp_path / "cache").exists()
+    asked: list[str] = []
+    monkeypatch.setattr(runs, "locate", asked.append)
+    runs.make_models(load_scale("mini"), ["zsre", "wikitext", "zsre-hard"])
+    assert asked == ["bart-mini", "gpt2-mini"]
+
+
+def test_quick_draws_less() -> None:
+    full, quick = load_scale("mini"), load_scale("mini", quick=True)
+    assert full.setups["zsre"].draws > 2
+    assert all(max(s.draws, s.invented) <= 2 for s in quick.setups.values())
+
+
 def test_halves_of_one_file(tmp_path: Path) -> None:
     lines = [json.dumps({"prompt": f"Fact {i} is", "target": "so"}) for i in range(40)]
     (tmp_path / "one.jsonl").write_text("\n".join(lines))

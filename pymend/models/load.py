@@ -43,7 +43,7 @@ def load_model(
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
     target = _device(device)
-    source = _source(name)
+    source = locate(name)
     local = Path(source).expanduser()
     if local.exists():
         source = str(local)
@@ -76,18 +76,18 @@ def load_model(
     return model.to(target).eval(), tokenizer
 
 
+def locate(name: str, progress: bool = True) -> str:
+    """Where transformers finds the model called ``name``; made first, if this package makes it."""
+    if name == "smollm2":
+        return str(smollm2.prepare())
+    return str(mini.make(name, progress=progress)) if name in mini.RECIPES else name
+
+
 def _auto(config: PretrainedConfig) -> Any:
     """The class that builds a model of ``config``'s kind."""
     if any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
         return AutoModelForSequenceClassification
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-
-
-def _source(name: str) -> str:
-    """Where transformers finds the model called ``name``; made first, if this package makes it."""
-    if name == "smollm2":
-        return str(smollm2.prepare())
-    return str(mini.make(name)) if name in mini.RECIPES else name
 
 
 def _device(name: str | None) -> torch.device:

@@ -6,8 +6,8 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
-from functools import partial
+from dataclasses import asdict, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from pymend.data.builders import (
     zsre_hard_facts,
 )
 from pymend.data.builders.sets import SPLITS
+from pymend.data.choices import pick
+from pymend.data.facts import load_relations, split_of
 from pymend.models.load import load_model
 from pymend.reproduce.plan import Setup
 from pymend.sampling import continuations
@@ -94,10 +96,58 @@ def records(setup: Setup, cache: Path, files: Path | None) -> Splits:
             {s: load_records(_folder(setup, cache, draw) / f"{s}.jsonl") for s in SPLITS}
             for draw in range(setup.draws)
         ]
-        return {split: [r for part in drawn for r in part[split]] for split in SPLITS}
+        splits = {split: [r for part in drawn for r in part[split]] for split in SPLITS}
+        for seed in range(setup.invented):
+            splits["train"] += [_about_nobody(r, seed) for r in drawn[seed % len(drawn)]["train"]]
+        return splits
     if files is None:
         raise ValueError(f"{setup.name} reads {', '.join(setup.data.values())}; name their folder")
     return _from_files({kind: files / name for kind, name in setup.data.items()})
+
+
+def _about_nobody(record: EditRequest, seed: int) -> EditRequest:
+    """The record about a subject that does not exist, so that there is no true answer either.
+
+    Raises:
+        ValueError: the record names no subject.
+    """
+    if not record.subject:
+        raise ValueError(
+            f"{record.prompt[:60]!r} names no subject, so none can be put in its place"
+        )
+    kin = _kin()[record.subject]
+    names = (invented(record.subject, s) for s in pick(kin, len(kin), seed, record.prompt))
+    name = next(name for name in names if name not in _subjects())
+    prompt, *rephrases = (
+        text.replace(record.subject, name) for text in (record.prompt, *record.rephrases)
+    )
+    return replace(
+        record, prompt=prompt, rephrases=tuple(rephrases), subject=name, ground_truth=None
+    )
+
+
+def invented(first: str, second: str) -> str:
+    """A name from the beginning of one and the end of another, by words or else by letters."""
+    head, tail = first.split(), second.split()
+    if len(head) == len(tail) == 1:
+        return first[: (len(first) + 1) // 2] + second[len(second) // 2 :]
+    return " ".join(head[: (len(head) + 1) // 2] + tail[len(tail) // 2 :])
+
+
+@cache
+def _subjects() -> frozenset[str]:
+    """The subjects of all splits."""
+    return frozenset(name for relation in load_relations() for name in relation.facts)
+
+
+@cache
+def _kin() -> Mapping[str, list[str]]:
+    """Of every subject that is trained on, the other ones of a relation that it has."""
+    kin: dict[str, list[str]] = {}
+    for relation in load_relations():
+        names = [s for s in relation.facts if split_of(s) == "train"]
+        kin |= {name: [other for other in names if other != name] for name in names}
+    return kin
 
 
 def _from_files(paths: Mapping[str, Path]) -> Splits:

@@ -48,6 +48,7 @@ class Setup:
         model: as ``--model`` takes it.
         data: a data set that is built in, or its files below the folder of ``--data``.
         draws: of a set from the built-in facts, how many drawings of targets and wordings.
+        invented: how many drawings more, for training, with names of subjects that do not exist.
         drawdown: what an edit must not cost.
     """
 
@@ -55,6 +56,7 @@ class Setup:
     model: str
     data: str | Mapping[str, str]
     draws: int = 1
+    invented: int = 0
     drawdown: str = "accuracy_drawdown"
 
 
@@ -187,10 +189,15 @@ def _reduced(scale: Scale, quick: Mapping[str, Any]) -> Scale:
         name: _merged(own, quick["algorithms"].get(name, {}))
         for name, own in scale.algorithms.items()
     }
+    most = quick.get("draws", max(setup.draws for setup in scale.setups.values()))
     # What a setup asks for beyond the usual is left out too.
     return replace(
         scale,
         note=f"{scale.note} {quick['note']}",
+        setups={
+            name: replace(s, draws=min(s.draws, most), invented=min(s.invented, most))
+            for name, s in scale.setups.items()
+        },
         algorithms=algorithms,
         overrides={},
         batches=tuple(quick.get("batches", scale.batches)),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
-from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, as_completed, wait
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
@@ -32,11 +32,13 @@ from pymend.config import (
 from pymend.data.facts import Split
 from pymend.evaluation import evaluate
 from pymend.files import read_json, writable_dir, write_json
-from pymend.models.load import load_model
+from pymend.models.load import load_model, locate
 from pymend.reproduce import data
 from pymend.reproduce.plan import Run, Scale, Settings, Setup
 from pymend.training.trainer import DivergedError, Trainer
 
+# A fork would inherit locks of torch's threads.
+_CONTEXT = multiprocessing.get_context("spawn")
 TUNING = 100  # validation records on which Cache's threshold is found
 
 
@@ -225,6 +227,24 @@ class _Bench:
 # -- many runs -------------------------------------------------------------------------------
 
 
+def make_models(scale: Scale, setups: Iterable[str], jobs: int = 1) -> None:
+    """Make the models of ``setups`` that this package makes, ``jobs`` at a time."""
+    names = list(dict.fromkeys(scale.setups[setup].model for setup in setups))
+    if jobs == 1:
+        for name in names:
+            locate(name)
+        return
+    with ProcessPoolExecutor(jobs, _CONTEXT, start, _share(jobs)) as pool:
+        waiting = [pool.submit(locate, name, progress=False) for name in names]
+        for done in tqdm(as_completed(waiting), "models", len(waiting), disable=None):
+            done.result()
+
+
+def _share(jobs: int, matmul: str = "ieee") -> tuple[int, str]:
+    """What a process of several is set up with."""
+    return max(1, torch.get_num_threads() // jobs), matmul
+
+
 def perform_all(
     scale: Scale, runs: Sequence[Run], place: Place, jobs: int = 1
 ) -> dict[Run, dict[str, Any]]:
@@ -234,9 +254,6 @@ def perform_all(
     """
     for setup in dict.fromkeys(run.setup for run in runs):
         data.prepare(scale.setups[setup], place.sets)
-        if jobs > 1:  # small models are made here, once
-            loaded(scale.setups[setup].model, place.dtype, place.device)
-    loaded.cache_clear()
     needed = [run.after for run in runs if run.after]
     # One model after the other: they may not fit side by side.
     ordered = sorted({*runs, *needed}, key=lambda run: (scale.setups[run.setup].model, run))
@@ -260,11 +277,8 @@ def _carried_out(
         for run in runs:
             yield run, perform(scale, run, place)
         return
-    setting = max(1, torch.get_num_threads() // jobs), place.matmul
-    # A fork would inherit locks of torch's threads.
-    context = multiprocessing.get_context("spawn")
     left = iter(runs)
-    with ProcessPoolExecutor(jobs, context, start, setting) as pool:
+    with ProcessPoolExecutor(jobs, _CONTEXT, start, _share(jobs, place.matmul)) as pool:
         waiting: dict[Future[dict[str, Any]], Run] = {}
         while True:
             # No more than can run at once: what waits in the pool cannot be called back.
