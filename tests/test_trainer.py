@@ -379,6 +379,20 @@ def test_simultaneous_edits_are_of_different_facts_and_keep_others() -> None:
             assert not {x.prompt for x in episode.locality} & set(prompts)
 
 
+def test_facts_that_occur_often_and_once_are_mixed() -> None:
+    """From the beginning of an epoch to its end, as often as in the data set."""
+    drawn = facts(40)
+    often = [r for r in drawn[:10] for _ in range(8)]
+    records = Encoder(tokenizer()).requests([*often, *drawn[10:]])
+    many = {r.edit.prompt for r in records[:80]}
+    sampler = Sampler(records, 5, 1, seed=0)
+    steps = [[row.prompt for row in sampler.step(i)[0].edits] for i in range(22)]
+    assert all(len(set(prompts)) == 5 for prompts in steps)
+    assert sum(len(many & set(prompts)) for prompts in steps) == 80
+    for part in (steps[:11], steps[11:]):
+        assert 34 <= sum(len(many & set(prompts)) for prompts in part) <= 46
+
+
 def test_no_locality_prompt_to_borrow() -> None:
     encoder = Encoder(tokenizer())
     records = encoder.requests(facts(2, locality=False))

@@ -63,30 +63,38 @@ class Sampler:
         steps_per_epoch = len(self.records) // self.per_step
         epoch, position = divmod(step, steps_per_epoch)
         if epoch != self._epoch:
+            rng = random.Random(f"{self.seed} epoch {epoch}")
             self._order = list(range(len(self.records)))
-            random.Random(f"{self.seed} epoch {epoch}").shuffle(self._order)
-            self._order = self._rounds(self._order)
+            rng.shuffle(self._order)
+            self._order = self._spread(self._order, rng)
             self._epoch = epoch
         chosen = self._order[position * self.per_step :][: self.per_step]
         rng = random.Random(f"{self.seed} step {step}")
         groups = [chosen[i : i + self.edits] for i in range(0, len(chosen), self.edits)]
         return [self.episode([self.records[i] for i in group], rng) for group in groups]
 
-    def _rounds(self, order: list[int]) -> list[int]:
-        """``order`` in rounds, in none of which a fact occurs twice.
+    def _spread(self, order: list[int], rng: random.Random) -> list[int]:
+        """``order`` with the records of a fact at equal distances, so that no edit has two of them.
 
         A data set may have a fact several times, with other targets: no edit can do them all.
         """
         if self.edits == 1:
             return order
-        times: Counter[tuple[int, ...]] = Counter()
-        turn = {}
+        facts = {i: self._fact(self.records[i]) for i in order}
+        times = Counter(facts.values())
+        first = {fact: rng.random() for fact in times}
+        turns: Counter[tuple[int, ...]] = Counter()
+        place = {}
         for i in order:
-            r = self.records[i]
-            fact = min(row.prompt for row in (r.edit, *r.rephrases))
-            turn[i] = times[fact]
-            times[fact] += 1
-        return sorted(order, key=turn.__getitem__)
+            fact = facts[i]
+            place[i] = (turns[fact] + first[fact]) / times[fact]
+            turns[fact] += 1
+        return sorted(order, key=place.__getitem__)
+
+    @staticmethod
+    def _fact(record: EncodedRequest) -> tuple[int, ...]:
+        """What the wordings of a fact have in common, whichever is the prompt."""
+        return min(row.prompt for row in (record.edit, *record.rephrases))
 
     def episode(self, records: Sequence[EncodedRequest], rng: random.Random) -> Episode:
         """Draw a rephrase and a locality prompt for every record, none that is edited."""
