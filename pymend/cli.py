@@ -12,7 +12,6 @@ import json
 import logging
 import shlex
 import sys
-import traceback
 import warnings
 from argparse import BooleanOptionalAction
 from collections.abc import Callable, Sequence
@@ -43,6 +42,7 @@ from pymend.config import (
     TrainConfig,
     from_json,
 )
+from pymend.errors import meant_for_user
 
 logger = logging.getLogger("pymend")
 
@@ -125,17 +125,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\npymend: {str(stop) or 'interrupted'}", file=sys.stderr)
         return 130
     except (OSError, ValueError, RuntimeError) as error:
-        if not _meant_for_user(error):
+        if not meant_for_user(error):
             raise
         print(f"pymend: error: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-def _meant_for_user(error: Exception) -> bool:
-    """Files that fail, and what this package raised; anything else is a bug and keeps its trace."""
-    frame = list(traceback.walk_tb(error.__traceback__))[-1][0]
-    return isinstance(error, OSError) or frame.f_globals.get("__name__", "").startswith("pymend")
 
 
 # -- arguments -------------------------------------------------------------------------------

@@ -42,6 +42,7 @@ def _reproduce(args: argparse.Namespace) -> None:
     import torch
 
     from pymend.files import exclusive, writable_dir
+    from pymend.models.load import find_device
     from pymend.reproduce.plan import load_scale
     from pymend.reproduce.runs import Place, start
 
@@ -55,6 +56,7 @@ def _reproduce(args: argparse.Namespace) -> None:
     for name in ("jobs", "threads"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"{name} is {getattr(args, name)}; it must be at least 1")
+    find_device(args.device)
     start(args.threads or torch.get_num_threads(), args.matmul)
     usual = f"runs/reproduce/{scale.name}{'-quick' if args.quick else ''}"
     output = writable_dir(args.output or usual)
@@ -69,7 +71,7 @@ def _pages(
     args: argparse.Namespace, scale: Scale, names: list[str], place: Place
 ) -> Iterator[Path]:
     """Carry out what the tables ``names`` need, and write them."""
-    from pymend.reproduce import costs, examples, figures, tables
+    from pymend.reproduce import costs, data, examples, figures, tables
     from pymend.reproduce.plan import Run
     from pymend.reproduce.runs import make_models, perform_all
 
@@ -78,8 +80,14 @@ def _pages(
     runs = [run for name, table in scored.items() for run in tables.needed(scale, name, table)]
     shown = [name for name in names if name in examples.TITLES]
     runs += [Run(setup, "mend") for name in shown for setup in scale.tables[name]]
-    measured = [s for name in set(names) & set(COSTS) for s in scale.tables[name]]
-    make_models(scale, [*(run.setup for run in runs), *measured], args.jobs)
+    measured = set(names) & set(COSTS)
+    absent = [run.setup for run in runs if not (place.folder(run) / "result.json").is_file()]
+    absent += [setup for name in shown for setup in scale.tables[name]]
+    if measured and not (output / "costs.json").is_file():
+        absent += costs.setups(scale)
+    for setup in absent:
+        data.check(scale.setups[setup], place.files)
+    make_models(scale, absent, args.jobs)
     if measured:  # first: what fails here should not cost hours of training
         costs.measured(scale, place)
     results = perform_all(scale, list(dict.fromkeys(runs)), place, args.jobs)

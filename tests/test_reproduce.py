@@ -17,8 +17,12 @@ from test_mini import tiny
 from pymend.algorithms.registry import load_editor
 from pymend.cli import main
 from pymend.config import CacheConfig, FineTuneConfig, MendConfig
+from pymend.data.builders.questions import question_wordings
+from pymend.data.facts import load_relations
+from pymend.errors import meant_for_user
 from pymend.files import exclusive
 from pymend.models import mini
+from pymend.models.load import locate
 from pymend.reproduce import costs, data, runs, tables
 from pymend.reproduce.plan import SCALES, VARIANTS, Run, Scale, Setup, load_scale
 from pymend.reproduce.runs import Place, perform
@@ -345,42 +349,95 @@ def test_invented_subjects(kind: str, tmp_path: Path) -> None:
     first, third = more[: size // 2], more[size:]  # of the same drawing
     assert [r.target for r in first] == [r.target for r in third]
     assert [r.subject for r in first] != [r.subject for r in third]
+    wordings = {p for r in load_relations() for p in (*r.patterns, *question_wordings(r))}
     for record, of in zip(first, drawn["train"], strict=False):
         assert record.ground_truth is None and record.locality == of.locality
         for text, before in zip(
             (record.prompt, *record.rephrases), (of.prompt, *of.rephrases), strict=True
         ):
-            assert text == before.replace(str(of.subject), str(record.subject)) != before
+            assert any(
+                text == p.format(record.subject) + before[len(p.format(of.subject)) :]
+                for p in wordings
+                if before.startswith(p.format(of.subject))
+            )
 
 
-def test_a_set_without_subjects_has_none_to_invent(tmp_path: Path) -> None:
-    setup = Setup("passages", "gpt2-mini", "wikitext", invented=1)
-    folder = tmp_path / "wikitext-gpt2-mini-0"
-    folder.mkdir()
-    for name in ("card.json", "train.jsonl", "validation.jsonl", "test.jsonl"):
-        (folder / name).write_text('{"prompt": "One begins", "target": "thus"}')
-    with pytest.raises(ValueError, match="'One begins' names no subject"):
-        data.records(setup, tmp_path, None)
+def test_names_of_nobody() -> None:
+    """A subject with another article is no new one."""
+    assert data._is_new("Parbon")
+    for name in ("The Inception", "inception", "Paris"):
+        assert not data._is_new(name)
 
 
 def test_models_are_made_side_by_side(
     scale_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Each is made once, in a process of its own; those that others make are left alone."""
-    scale = load_scale(str(scale_file))
-    monkeypatch.setenv("PYMEND_CACHE", str(tmp_path / "cache"))
-    runs.make_models(scale, ["zsre", "wikitext", "zsre"], jobs=2)
-    assert not (tmp_path / "cache").exists()
-    asked: list[str] = []
-    monkeypatch.setattr(runs, "locate", asked.append)
-    runs.make_models(load_scale("mini"), ["zsre", "wikitext", "zsre-hard"])
-    assert asked == ["bart-mini", "gpt2-mini"]
+    """Those that are there, and those that others make, are left alone."""
+    monkeypatch.setenv("PYMEND_CACHE", str(tmp_path))
+    asked: dict[str, Any] = {}
+
+    def made(work: Any, names: dict[str, Any], jobs: int, matmul: str) -> Any:
+        assert work is runs.locate and matmul == "ieee"
+        asked.update(names, jobs=jobs)
+        return iter([(name, name) for name in names])
+
+    monkeypatch.setattr(runs, "_in_processes", made)
+    runs.make_models(load_scale(str(scale_file)), ["zsre", "wikitext"], jobs=2)
+    assert not asked
+    mini_scale = load_scale("mini")
+    (tmp_path / "gpt2-mini").mkdir()
+    (tmp_path / "gpt2-mini" / "complete.json").write_text("{}")
+    runs.make_models(mini_scale, ["zsre", "fever", "wikitext", "zsre-hard"], jobs=8)
+    assert asked == {
+        "bart-mini": ("bart-mini", False),
+        "bert-mini": ("bert-mini", False),
+        "jobs": 2,
+    }
+    asked.clear()
+    runs.make_models(mini_scale, ["zsre"], jobs=8)
+    assert asked == {"bart-mini": ("bart-mini", True), "jobs": 1}
 
 
-def test_quick_draws_less() -> None:
+def test_work_in_processes() -> None:
+    """Results by key; what is wrong with what the user gave is told as if it were found here."""
+    asked = {n: (n,) for n in ("no model", "neither")}
+    assert dict(runs._in_processes(locate, asked, 2, "ieee")) == {n: n for n in asked}
+    with pytest.raises(ValueError, match="no model is called 'x'") as caught:
+        list(runs._in_processes(mini.folder, {"x": ("x",)}, 1, "ieee"))
+    assert meant_for_user(caught.value)
+    with pytest.raises(TypeError) as bug:
+        list(runs._in_processes(mini.folder, {"x": ()}, 1, "ieee"))
+    assert not meant_for_user(bug.value)
+
+
+def test_what_is_missing_is_said_first(
+    scale_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before a model is made, which takes minutes."""
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a model was made")
+
+    monkeypatch.setattr(runs, "make_models", refuse)
+    words = ["reproduce", "table4", "--scale", str(scale_file)]
+    out = ["--output", str(scale_file.parent / "out")]
+    assert main([*words, *out]) == 2
+    assert "wikitext reads wiki; name their folder" in capsys.readouterr().err
+    assert main([*words, *out, "--data", str(scale_file.parent)]) == 2
+    assert "No such file" in capsys.readouterr().err
+    assert main([*words, *out, "--device", "cuda:99"]) == 2
+    assert "device 'cuda:99' cannot be used" in capsys.readouterr().err
+
+
+def test_quick_draws_less(scale_file: Path) -> None:
     full, quick = load_scale("mini"), load_scale("mini", quick=True)
     assert full.setups["zsre"].draws > 2
     assert all(max(s.draws, s.invented) <= 2 for s in quick.setups.values())
+    raw = yaml.safe_load(scale_file.read_text())  # its quick part says nothing of drawings
+    raw["setups"]["zsre"]["invented"] = 5
+    scale_file.write_text(yaml.safe_dump(raw, sort_keys=False))
+    kept = load_scale(str(scale_file), quick=True).setups["zsre"]
+    assert (kept.draws, kept.invented) == (2, 5)
 
 
 def test_halves_of_one_file(tmp_path: Path) -> None:
@@ -456,6 +513,10 @@ def test_a_file_that_is_no_scale(tmp_path: Path) -> None:
     [
         (lambda raw: raw["setups"].pop("zsre"), "has no zsre"),
         (lambda raw: raw["algorithms"].pop("ke"), "has no ke"),
+        (
+            lambda raw: raw["setups"]["wikitext"].update(invented=1),
+            "invented subjects for wikitext; only claims, qa, zsre-hard can have any",
+        ),
         (lambda raw: raw["algorithms"]["cache"].update(factors=[1.0]), "lacks some of"),
         (lambda raw: raw.pop("quick"), "is no scale"),
     ],

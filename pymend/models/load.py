@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from pymend.files import is_complete
 from pymend.models import mini, smollm2
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -42,7 +43,7 @@ def load_model(
     """
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
-    target = _device(device)
+    target = find_device(device)
     source = locate(name)
     local = Path(source).expanduser()
     if local.exists():
@@ -83,6 +84,13 @@ def locate(name: str, progress: bool = True) -> str:
     return str(mini.make(name, progress=progress)) if name in mini.RECIPES else name
 
 
+def is_to_be_made(name: str) -> bool:
+    """Whether ``name`` is a model that this package makes and has not made yet."""
+    if name == "smollm2":
+        return not is_complete(smollm2.folder())
+    return name in mini.RECIPES and not is_complete(mini.folder(name))
+
+
 def _auto(config: PretrainedConfig) -> Any:
     """The class that builds a model of ``config``'s kind."""
     if any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
@@ -90,7 +98,12 @@ def _auto(config: PretrainedConfig) -> Any:
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
-def _device(name: str | None) -> torch.device:
+def find_device(name: str | None) -> torch.device:
+    """The device called ``name``; by default the GPU if there is one.
+
+    Raises:
+        ValueError: there is no such device.
+    """
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)

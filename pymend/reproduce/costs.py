@@ -8,7 +8,6 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -54,7 +53,7 @@ def measured(scale: Scale, place: Place) -> dict[str, Any]:
     """
     file, spec = place.output / "costs.json", _spec(scale, place)
     if not file.is_file():
-        costs = _measure_all(scale, _setups(scale), place)
+        costs = _measure_all(scale, place)
         write_json(file, {"spec": spec, "machine": machine(), "costs": costs})
     known = read_json(file)
     if known.get("spec") != spec:
@@ -69,13 +68,13 @@ def memory_of_edits(scale: Scale, place: Place) -> dict[Run, float]:
     return {Run(c["setup"], c["algorithm"]): c["edit MiB"] for c in costs}
 
 
-def _setups(scale: Scale) -> list[str]:
+def setups(scale: Scale) -> list[str]:
     return list(dict.fromkeys(s for part in TITLES for s in scale.tables.get(part, {})))
 
 
 def _spec(scale: Scale, place: Place) -> dict[str, Any]:
     """What the measurements depend on, as JSON gives it back."""
-    runs = [Run(setup, algorithm) for setup in _setups(scale) for algorithm in ALGORITHMS]
+    runs = [Run(setup, algorithm) for setup in setups(scale) for algorithm in ALGORITHMS]
     return {
         "dtype": place.dtype,
         "matmul": place.matmul,
@@ -119,7 +118,7 @@ def machine() -> str:
     return f"{platform.machine()} CPU, {threads} threads, torch {torch.__version__}"
 
 
-def _measure_all(scale: Scale, setups: Sequence[str], place: Place) -> list[dict[str, Any]]:
+def _measure_all(scale: Scale, place: Place) -> list[dict[str, Any]]:
     """What every algorithm takes on every setup, one after the other.
 
     A process for each measurement, since memory that was freed is not given back to the system.
@@ -127,7 +126,7 @@ def _measure_all(scale: Scale, setups: Sequence[str], place: Place) -> list[dict
     found = []
     context = multiprocessing.get_context("spawn")
     setting = torch.get_num_threads(), place.matmul
-    jobs = [Run(setup, algorithm) for setup in setups for algorithm in ALGORITHMS]
+    jobs = [Run(setup, algorithm) for setup in setups(scale) for algorithm in ALGORITHMS]
     for run in tqdm(jobs, "costs"):
         data.prepare(scale.setups[run.setup], place.sets)
         train = scale.settings(run).train

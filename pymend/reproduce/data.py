@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import cache, partial
@@ -24,7 +25,7 @@ from pymend.data.builders import (
     zsre_hard_facts,
 )
 from pymend.data.builders.sets import SPLITS
-from pymend.data.choices import pick
+from pymend.data.choices import draw
 from pymend.data.facts import load_relations, split_of
 from pymend.models.load import load_model
 from pymend.reproduce.plan import Setup
@@ -49,24 +50,24 @@ def prepare(setup: Setup, cache: Path) -> None:
     """
     if not isinstance(setup.data, str):
         return
-    for draw in range(setup.draws):
-        folder = _folder(setup, cache, draw)
+    for seed in range(setup.draws):
+        folder = _folder(setup, cache, seed)
         if (folder / "card.json").is_file():
             continue
         if setup.data == "wikitext":
-            splits, settings = _passages(setup.model, draw)
+            splits, settings = _passages(setup.model, seed)
         elif setup.data in BUILT_IN:
-            splits, settings = BUILT_IN[setup.data](draw), {}
+            splits, settings = BUILT_IN[setup.data](seed), {}
         else:
             known = ", ".join([*BUILT_IN, "wikitext"])
             raise ValueError(f"no data set {setup.data!r} is built in; choose one of {known}")
-        write_set(folder, setup.data, splits, seed=draw, settings=settings)
+        write_set(folder, setup.data, splits, seed=seed, settings=settings)
 
 
-def _folder(setup: Setup, cache: Path, draw: int) -> Path:
+def _folder(setup: Setup, cache: Path, seed: int) -> Path:
     # Passages are continued by the setup's own model.
     model = f"-{Path(setup.model).name}" if setup.data == "wikitext" else ""
-    return cache / f"{setup.data}{model}-{draw}"
+    return cache / f"{setup.data}{model}-{seed}"
 
 
 def _passages(name: str, seed: int) -> tuple[Splits, dict[str, Any]]:
@@ -93,16 +94,32 @@ def records(setup: Setup, cache: Path, files: Path | None) -> Splits:
     """
     if isinstance(setup.data, str):
         drawn = [
-            {s: load_records(_folder(setup, cache, draw) / f"{s}.jsonl") for s in SPLITS}
-            for draw in range(setup.draws)
+            {s: load_records(_folder(setup, cache, seed) / f"{s}.jsonl") for s in SPLITS}
+            for seed in range(setup.draws)
         ]
         splits = {split: [r for part in drawn for r in part[split]] for split in SPLITS}
         for seed in range(setup.invented):
             splits["train"] += [_about_nobody(r, seed) for r in drawn[seed % len(drawn)]["train"]]
         return splits
+    return _from_files(_paths(setup.name, setup.data, files))
+
+
+def check(setup: Setup, files: Path | None) -> None:
+    """Whether what ``setup`` reads is there.
+
+    Raises:
+        ValueError: it reads files, and no folder is given.
+        FileNotFoundError: a file or folder is missing.
+    """
+    if not isinstance(setup.data, str):
+        for path in _paths(setup.name, setup.data, files).values():
+            path.stat()
+
+
+def _paths(setup: str, names: Mapping[str, str], files: Path | None) -> dict[str, Path]:
     if files is None:
-        raise ValueError(f"{setup.name} reads {', '.join(setup.data.values())}; name their folder")
-    return _from_files({kind: files / name for kind, name in setup.data.items()})
+        raise ValueError(f"{setup} reads {', '.join(names.values())}; name their folder")
+    return {kind: files / name for kind, name in names.items()}
 
 
 def _about_nobody(record: EditRequest, seed: int) -> EditRequest:
@@ -111,15 +128,16 @@ def _about_nobody(record: EditRequest, seed: int) -> EditRequest:
     Raises:
         ValueError: the record names no subject.
     """
-    if not record.subject:
-        raise ValueError(
-            f"{record.prompt[:60]!r} names no subject, so none can be put in its place"
-        )
-    kin = _kin()[record.subject]
-    names = (invented(record.subject, s) for s in pick(kin, len(kin), seed, record.prompt))
-    name = next(name for name in names if name not in _subjects())
+    subject = record.subject
+    if not subject:
+        raise ValueError(f"{record.prompt[:60]!r} names no subject to put another in place of")
+    [other] = draw(
+        _kin()[subject], 1, lambda s: _is_new(invented(subject, s)), "invented", seed, record.prompt
+    )
+    name = invented(subject, other)
+    # Only once: a claim may have the subject's name in its object too.
     prompt, *rephrases = (
-        text.replace(record.subject, name) for text in (record.prompt, *record.rephrases)
+        text.replace(subject, name, 1) for text in (record.prompt, *record.rephrases)
     )
     return replace(
         record, prompt=prompt, rephrases=tuple(rephrases), subject=name, ground_truth=None
@@ -134,10 +152,20 @@ def invented(first: str, second: str) -> str:
     return " ".join(head[: (len(head) + 1) // 2] + tail[len(tail) // 2 :])
 
 
+def _is_new(name: str) -> bool:
+    """Whether no subject is called so, with whatever article."""
+    return _bare(name) not in _names()
+
+
+def _bare(name: str) -> str:
+    """A name without its article, in small letters."""
+    return re.sub(r"^(the|an?) ", "", name.lower())
+
+
 @cache
-def _subjects() -> frozenset[str]:
-    """The subjects of all splits."""
-    return frozenset(name for relation in load_relations() for name in relation.facts)
+def _names() -> frozenset[str]:
+    """The bare names of the subjects of all splits."""
+    return frozenset(_bare(name) for relation in load_relations() for name in relation.facts)
 
 
 @cache

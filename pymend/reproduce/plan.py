@@ -6,6 +6,7 @@ setup, and gives one cell. The same run may stand in several tables, and is carr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib import resources
@@ -25,6 +26,7 @@ from pymend.config import (
 
 SCALES = ("mini", "smollm2", "paper")
 RIVALS = ("ft", "ft+kl", "enn", "ke", "cache")
+WITH_SUBJECTS = ("claims", "qa", "zsre-hard")  # sets from facts whose records name their subject
 FACTORS = (0.5, 1.0, 2.0)  # of Cache's eps*, as in the paper
 
 # Table 6 and Table 9: what is changed of MEND.
@@ -175,8 +177,14 @@ def load_scale(name: str, quick: bool = False) -> Scale:
         absent = {s for table in scale.tables.values() for s in table} - set(setups)
         absent |= {"mend", *RIVALS} - set(scale.algorithms)
         factors = scale.algorithms["cache"].get("factors", FACTORS)
+        nameless = [s.name for s in setups.values() if s.invented and s.data not in WITH_SUBJECTS]
     except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{name} is no scale: {error!r}") from error
+    if nameless:
+        raise ValueError(
+            f"{name} has invented subjects for {', '.join(nameless)}; only "
+            f"{', '.join(WITH_SUBJECTS)} can have any"
+        )
     if absent or not set(FACTORS) <= set(factors):
         what = f"has no {', '.join(sorted(absent))}" if absent else f"lacks some of {FACTORS}"
         raise ValueError(f"{name} {what}")
@@ -189,7 +197,7 @@ def _reduced(scale: Scale, quick: Mapping[str, Any]) -> Scale:
         name: _merged(own, quick["algorithms"].get(name, {}))
         for name, own in scale.algorithms.items()
     }
-    most = quick.get("draws", max(setup.draws for setup in scale.setups.values()))
+    most = quick.get("draws", math.inf)
     # What a setup asks for beyond the usual is left out too.
     return replace(
         scale,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, as_completed, wait
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tqdm.auto import tqdm
@@ -30,16 +30,18 @@ from pymend.config import (
     to_json,
 )
 from pymend.data.facts import Split
+from pymend.errors import meant_for_user
 from pymend.evaluation import evaluate
 from pymend.files import read_json, writable_dir, write_json
-from pymend.models.load import load_model, locate
+from pymend.models.load import is_to_be_made, load_model, locate
 from pymend.reproduce import data
 from pymend.reproduce.plan import Run, Scale, Settings, Setup
 from pymend.training.trainer import DivergedError, Trainer
 
-# A fork would inherit locks of torch's threads.
-_CONTEXT = multiprocessing.get_context("spawn")
 TUNING = 100  # validation records on which Cache's threshold is found
+
+K = TypeVar("K")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -228,21 +230,18 @@ class _Bench:
 
 
 def make_models(scale: Scale, setups: Iterable[str], jobs: int = 1) -> None:
-    """Make the models of ``setups`` that this package makes, ``jobs`` at a time."""
-    names = list(dict.fromkeys(scale.setups[setup].model for setup in setups))
-    if jobs == 1:
-        for name in names:
-            locate(name)
-        return
-    with ProcessPoolExecutor(jobs, _CONTEXT, start, _share(jobs)) as pool:
-        waiting = [pool.submit(locate, name, progress=False) for name in names]
-        for done in tqdm(as_completed(waiting), "models", len(waiting), disable=None):
-            done.result()
+    """Make the models of ``setups`` that this package makes and has not made yet.
 
-
-def _share(jobs: int, matmul: str = "ieee") -> tuple[int, str]:
-    """What a process of several is set up with."""
-    return max(1, torch.get_num_threads() // jobs), matmul
+    In processes of their own, also a single one: ``start`` has set this one up for the runs.
+    """
+    names = dict.fromkeys(scale.setups[setup].model for setup in setups)
+    missing = [name for name in names if is_to_be_made(name)]
+    if missing:
+        jobs = min(jobs, len(missing))
+        asked = {name: (name, jobs == 1) for name in missing}
+        with tqdm(total=len(missing), desc="models", disable=None) as bar:
+            for _ in _in_processes(locate, asked, jobs, "ieee"):
+                bar.update()
 
 
 def perform_all(
@@ -276,15 +275,39 @@ def _carried_out(
     if jobs == 1:
         for run in runs:
             yield run, perform(scale, run, place)
-        return
-    left = iter(runs)
-    with ProcessPoolExecutor(jobs, _CONTEXT, start, _share(jobs, place.matmul)) as pool:
-        waiting: dict[Future[dict[str, Any]], Run] = {}
+    else:
+        asked = {run: (scale, run, place, False) for run in runs}
+        yield from _in_processes(perform, asked, jobs, place.matmul)
+
+
+def _in_processes(
+    work: Callable[..., T], asked: Mapping[K, tuple[Any, ...]], jobs: int, matmul: str
+) -> Iterator[tuple[K, T]]:
+    """What ``work`` gives for the arguments of each key, ``jobs`` at a time, as they get done."""
+    setting = max(1, torch.get_num_threads() // jobs), matmul
+    # A fork would inherit locks of torch's threads.
+    context = multiprocessing.get_context("spawn")
+    left = iter(asked)
+    with ProcessPoolExecutor(jobs, context, start, setting) as pool:
+        waiting: dict[Future[T | Exception], K] = {}
         while True:
             # No more than can run at once: what waits in the pool cannot be called back.
-            for run in islice(left, jobs - len(waiting)):
-                waiting[pool.submit(perform, scale, run, place, False)] = run
+            for key in islice(left, jobs - len(waiting)):
+                waiting[pool.submit(_answer, work, asked[key])] = key
             if not waiting:
                 return
             for done in wait(waiting, return_when=FIRST_COMPLETED).done:
-                yield waiting.pop(done), done.result()
+                key, result = waiting.pop(done), done.result()
+                if isinstance(result, Exception):
+                    raise result
+                yield key, result
+
+
+def _answer(work: Callable[..., T], arguments: tuple[Any, ...]) -> T | Exception:
+    """What ``work`` gives; errors about what the user gave are handed over, to be told here."""
+    try:
+        return work(*arguments)
+    except (OSError, ValueError, RuntimeError) as error:
+        if meant_for_user(error):
+            return error
+        raise
