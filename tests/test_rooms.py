@@ -26,6 +26,7 @@ ROOMS = {
     "_lib": {"_C"},
     "config": set(),
     "reference": set(),
+    "errors": set(),
     "files": {"config"},
     "ops": {"_lib"},
     "models": {"config", "data", "files", "ops", "tokens"},
