@@ -215,14 +215,12 @@ def test_a_training_that_diverges_is_shown_as_such(scale_file: Path) -> None:
     assert cached["failed"] == "wikitext-mend failed, which it builds on"
 
 
-def test_an_editor_for_several_edits_starts_from_the_one_for_single_edits(
-    scale_file: Path,
-) -> None:
+def test_an_editor_for_several_edits_starts_from_the_one_for_fewer(scale_file: Path) -> None:
     scale, several = load_scale(str(scale_file)), Run("zsre", "mend", n_edits=3)
     still = {**scale.algorithms["mend"], "train_several": {3: {"batch_size": 1, "lr": 1e-12}}}
     scale = replace(scale, algorithms={**scale.algorithms, "mend": still})
     results = runs.perform_all(scale, [several], place(scale_file))
-    assert list(results) == [several.after, several]
+    assert list(results) == [Run("zsre", "mend"), several] == [*scale.before(several), several]
     single, trained = (load_editor(place(scale_file).folder(r) / "editor") for r in results)
     assert trained.n_edits == 3
     names = dict(single.editor.named_parameters())
@@ -271,7 +269,8 @@ def test_one_command_at_a_time(scale_file: Path, capsys: pytest.CaptureFixture[s
 
 def test_more_edits_at_once_than_records(scale_file: Path) -> None:
     scale, run = load_scale(str(scale_file)), Run("wikitext", "mend", n_edits=7)
-    perform(scale, run.after, place(scale_file), progress=False)
+    for other in scale.before(run):
+        perform(scale, other, place(scale_file), progress=False)
     with pytest.raises(ValueError, match="8 test records, at most 6, make no two groups of 7"):
         perform(scale, run, place(scale_file), progress=False)
 
@@ -306,6 +305,14 @@ def test_settings_of_a_run() -> None:
     ablated = scale.settings(Run("zsre", "mend", "only u")).editor
     assert isinstance(ablated, MendConfig) and ablated.x_only and not ablated.combine
     assert len({Run("zsre", "mend", v).name for v in VARIANTS}) == len(VARIANTS)
+
+
+def test_what_a_run_builds_on() -> None:
+    scale = load_scale("mini")
+    many = [Run("zsre", "enn", n_edits=n) for n in scale.batches]
+    assert scale.before(many[-1]) == many[:-1] and not scale.before(many[0])
+    assert scale.before(Run("zsre", "enn", n_edits=7)) == many[:2]
+    assert scale.before(Run("zsre", "cache")) == [Run("zsre", "mend")]
 
 
 def test_groups_stay_within_a_drawing() -> None:

@@ -78,19 +78,6 @@ class Run:
         parts = (self.setup, self.algorithm.replace("+", "-"), self.variant, several)
         return "-".join(p.replace(" ", "-") for p in parts if p)
 
-    @property
-    def after(self) -> Run | None:
-        """The run it builds on.
-
-        Cache's threshold is found from MEND's drawdown; an editor for several edits at once is
-        trained on from the one for single edits.
-        """
-        if self.algorithm == "cache":
-            return Run(self.setup, "mend")
-        if self.n_edits > 1:
-            return replace(self, n_edits=1)
-        return None
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -122,6 +109,24 @@ class Scale:
     algorithms: Mapping[str, Mapping[str, Any]]
     overrides: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
     batches: tuple[int, ...] = (1, 5, 25, 75, 125)
+
+    def after(self, run: Run) -> Run | None:
+        """The run that ``run`` builds on.
+
+        Cache's threshold is found from MEND's drawdown; an editor for several edits at once is
+        trained on from the one for the next smaller number.
+        """
+        if run.algorithm == "cache":
+            return Run(run.setup, "mend")
+        if run.n_edits > 1:
+            fewer = [n for n in self.batches if n < run.n_edits]
+            return replace(run, n_edits=max(fewer, default=1))
+        return None
+
+    def before(self, run: Run) -> list[Run]:
+        """The runs that have to be done before ``run``, the first one first."""
+        after = self.after(run)
+        return [*self.before(after), after] if after else []
 
     def settings(self, run: Run) -> Settings:
         """What ``run`` is made with.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
@@ -35,7 +36,8 @@ from pymend.evaluation import evaluate
 from pymend.files import read_json, writable_dir, write_json
 from pymend.models.load import is_to_be_made, load_model, locate
 from pymend.reproduce import data
-from pymend.reproduce.plan import Run, Scale, Settings, Setup
+from pymend.reproduce.plan import Run, Scale, Settings
+from pymend.trainable import Trainable
 from pymend.training.trainer import DivergedError, Trainer
 
 TUNING = 100  # validation records on which Cache's threshold is found
@@ -95,8 +97,8 @@ def perform(scale: Scale, run: Run, place: Place, progress: bool = True) -> dict
         ValueError: the folder holds a result of other settings.
     """
     folder, settings = place.folder(run), scale.settings(run)
-    bench = _Bench(scale.setups[run.setup], run, place, progress)
-    spec, file = bench.spec(scale, settings), folder / "result.json"
+    bench = _Bench(scale, run, place, progress)
+    spec, file = bench.spec(settings), folder / "result.json"
     begun = folder / "spec.json"  # what a training that was interrupted depends on
     for kept in (file, begun) if (folder / "editor").is_dir() else (file,):
         if kept.is_file() and read_json(kept)["spec"] != spec:
@@ -108,8 +110,9 @@ def perform(scale: Scale, run: Run, place: Place, progress: bool = True) -> dict
     writable_dir(folder)
     write_json(begun, {"spec": spec})
     try:
-        if run.after and "failed" in read_json(place.folder(run.after) / "result.json"):
-            raise DivergedError(f"{run.after.name} failed, which it builds on")
+        after = scale.after(run)
+        if after and "failed" in read_json(place.folder(after) / "result.json"):
+            raise DivergedError(f"{after.name} failed, which it builds on")
         result = {"spec": spec, **bench.run(settings)}
     except (DivergedError, NonFiniteError) as error:  # as an ablation may
         result = {"spec": spec, "failed": str(error)}
@@ -120,11 +123,12 @@ def perform(scale: Scale, run: Run, place: Place, progress: bool = True) -> dict
 class _Bench:
     """A model and its records, on which a run is carried out."""
 
-    def __init__(self, setup: Setup, run: Run, place: Place, progress: bool) -> None:
-        self.setup, self.of, self.place, self.progress = setup, run, place, progress
-        self.splits = data.records(setup, place.sets, place.files)
+    def __init__(self, scale: Scale, run: Run, place: Place, progress: bool) -> None:
+        self.scale, self.of, self.place, self.progress = scale, run, place, progress
+        self.setup = scale.setups[run.setup]
+        self.splits = data.records(self.setup, place.sets, place.files)
 
-    def spec(self, scale: Scale, settings: Settings) -> dict[str, Any]:
+    def spec(self, settings: Settings) -> dict[str, Any]:
         """What the result depends on, as JSON gives it back."""
         spec = {
             "setup": to_json(self.setup),
@@ -135,8 +139,9 @@ class _Bench:
             "matmul": self.place.matmul,
             "seed": self.place.seed,
         }
-        if self.of.after:
-            spec["after"] = to_json(scale.settings(self.of.after))
+        before = self.scale.before(self.of)
+        if before:
+            spec["before"] = [to_json(self.scale.settings(run)) for run in before]
         return spec
 
     def run(self, settings: Settings) -> dict[str, Any]:
@@ -164,8 +169,8 @@ class _Bench:
         torch.manual_seed(self.place.seed)
         algorithm = TRAINABLE[self.of.algorithm].from_config(self.model, config)
         if self.of.n_edits > 1:
-            single = load_editor(self._folder_before())
-            algorithm.editor.load_state_dict(single.editor.state_dict())
+            fewer = self._editor_before()
+            algorithm.editor.load_state_dict(fewer.editor.state_dict())
         trainer = Trainer(
             algorithm,
             self.model,
@@ -179,14 +184,15 @@ class _Bench:
         )
         return trainer.train()
 
-    def _folder_before(self) -> Path:
-        assert self.of.after
-        return self.place.folder(self.of.after) / "editor"
+    def _editor_before(self) -> Trainable:
+        after = self.scale.after(self.of)
+        assert after
+        return load_editor(self.place.folder(after) / "editor")
 
     def _thresholds(self, factors: Sequence[float], test: Sequence[EditRequest]) -> dict[str, Any]:
         """Cache at multiples of eps*, where its drawdown on validation records is MEND's."""
         tuning = self._part("validation", TUNING)
-        mend = load_editor(self._folder_before())
+        mend = self._editor_before()
 
         def cached(eps: float) -> Cache:
             return Cache(CacheConfig(eps))
@@ -253,15 +259,14 @@ def perform_all(
     """
     for setup in dict.fromkeys(run.setup for run in runs):
         data.prepare(scale.setups[setup], place.sets)
-    needed = [run.after for run in runs if run.after]
+    needed = {other for run in runs for other in (*scale.before(run), run)}
+    rounds: dict[int, list[Run]] = defaultdict(list)
     # One model after the other: they may not fit side by side.
-    ordered = sorted({*runs, *needed}, key=lambda run: (scale.setups[run.setup].model, run))
-    first = [run for run in ordered if not run.after]
-    last = [run for run in ordered if run.after]
+    for run in sorted(needed, key=lambda run: (scale.setups[run.setup].model, run)):
+        rounds[len(scale.before(run))].append(run)
     results: dict[Run, dict[str, Any]] = {}
-    bar = tqdm(total=len(first) + len(last), desc="runs", disable=None)
-    with bar:
-        for part in (first, last):
+    with tqdm(total=len(needed), desc="runs", disable=None) as bar:
+        for _, part in sorted(rounds.items()):
             for run, result in _carried_out(scale, part, place, jobs):
                 results[run] = result
                 bar.set_postfix_str(run.name)

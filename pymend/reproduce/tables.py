@@ -25,7 +25,7 @@ PROTOCOL = (
     "of locality prompts, on Wikitext of the perplexity of locality passages. In brackets 95 % "
     "intervals by bootstrap, in which records of a subject, or of a group of simultaneous edits, "
     "are drawn together (Wikitext passages one by one, though a fact has about two; groups share "
-    "some facts). Steps of an editor for several edits come after those for single ones. Seconds "
+    "some facts). Steps of an editor for several edits come after those for fewer. Seconds "
     "per edit were taken beside the other runs of `--jobs`; extra MiB "
     "are the peak memory of an edit over the loaded model and editor, where `memory` was measured."
 )
@@ -314,8 +314,8 @@ def _details(
             for setting in ("steps", "batch_size", "c_edit"):
                 line[setting] = train[setting] if train else "-"
             if row.n_edits > 1:
-                before = results[row.run(setup)]["spec"]["after"]["train"]["steps"]
-                line["steps"] = f"{before} + {line['steps']}"
+                before = [x["train"]["steps"] for x in results[row.run(setup)]["spec"]["before"]]
+                line["steps"] = " + ".join(map(str, [*before, line["steps"]]))
             line["seconds per edit"] = (
                 number(1 / metrics["edits_per_second"]) if metrics else "diverged"
             )
