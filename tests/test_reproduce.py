@@ -162,7 +162,7 @@ def test_all_tables_of_a_scale(
     assert (output / "table4.md").read_text() == before
 
 
-def test_runs_in_processes_are_the_same(scale_file: Path) -> None:
+def test_runsin_processes_are_the_same(scale_file: Path) -> None:
     scale = load_scale(str(scale_file))
     asked = [Run("zsre", "mend"), Run("wikitext", "mend")]
     one = runs.perform_all(scale, asked, place(scale_file))
@@ -388,7 +388,7 @@ def test_models_are_made_side_by_side(
         asked.update(names, jobs=jobs)
         return iter([(name, name) for name in names])
 
-    monkeypatch.setattr(runs, "_in_processes", made)
+    monkeypatch.setattr(runs, "in_processes", made)
     runs.make_models(load_scale(str(scale_file)), ["zsre", "wikitext"], jobs=2)
     assert not asked
     mini_scale = load_scale("mini")
@@ -405,15 +405,15 @@ def test_models_are_made_side_by_side(
     assert asked == {"bart-mini": ("bart-mini", True), "jobs": 1}
 
 
-def test_work_in_processes() -> None:
+def test_workin_processes() -> None:
     """Results by key; what is wrong with what the user gave is told as if it were found here."""
     asked = {n: (n,) for n in ("no model", "neither")}
-    assert dict(runs._in_processes(locate, asked, 2, "ieee")) == {n: n for n in asked}
+    assert dict(runs.in_processes(locate, asked, 2, "ieee")) == {n: n for n in asked}
     with pytest.raises(ValueError, match="no model is called 'x'") as caught:
-        list(runs._in_processes(mini.folder, {"x": ("x",)}, 1, "ieee"))
+        list(runs.in_processes(mini.folder, {"x": ("x",)}, 1, "ieee"))
     assert meant_for_user(caught.value)
     with pytest.raises(TypeError) as bug:
-        list(runs._in_processes(mini.folder, {"x": ()}, 1, "ieee"))
+        list(runs.in_processes(mini.folder, {"x": ()}, 1, "ieee"))
     assert not meant_for_user(bug.value)
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import platform
 import statistics
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,7 @@ from pymend.files import read_json, write_json
 from pymend.report import number
 from pymend.reproduce import data, figures
 from pymend.reproduce.plan import RIVALS, Run, Scale
-from pymend.reproduce.runs import Place, loaded, start
+from pymend.reproduce.runs import Place, in_processes, loaded
 from pymend.reproduce.tables import markdown, write_csv, write_text
 from pymend.training.trainer import Trainer
 
@@ -69,6 +67,7 @@ def memory_of_edits(scale: Scale, place: Place) -> dict[Run, float]:
 
 
 def setups(scale: Scale) -> list[str]:
+    """The setups that are measured."""
     return list(dict.fromkeys(s for part in TITLES for s in scale.tables.get(part, {})))
 
 
@@ -124,8 +123,6 @@ def _measure_all(scale: Scale, place: Place) -> list[dict[str, Any]]:
     A process for each measurement, since memory that was freed is not given back to the system.
     """
     found = []
-    context = multiprocessing.get_context("spawn")
-    setting = torch.get_num_threads(), place.matmul
     jobs = [Run(setup, algorithm) for setup in setups(scale) for algorithm in ALGORITHMS]
     for run in tqdm(jobs, "costs"):
         data.prepare(scale.setups[run.setup], place.sets)
@@ -137,8 +134,9 @@ def _measure_all(scale: Scale, place: Place) -> list[dict[str, Any]]:
         }
         with tempfile.TemporaryDirectory() as scratch:
             for measure in (measure_steps, measure_edits) if train else (measure_edits,):
-                with ProcessPoolExecutor(1, context, start, setting) as pool:
-                    costs |= pool.submit(measure, scale, run, place, Path(scratch)).result()
+                asked = {run: (scale, run, place, Path(scratch))}
+                [(_, taken)] = in_processes(measure, asked, 1, place.matmul)
+                costs |= taken
         found.append(costs)
     return found
 

@@ -105,7 +105,7 @@ def records(setup: Setup, cache: Path, files: Path | None) -> Splits:
 
 
 def check(setup: Setup, files: Path | None) -> None:
-    """Whether what ``setup`` reads is there.
+    """Find fault with what ``setup`` reads before anything is made.
 
     Raises:
         ValueError: it reads files, and no folder is given.
@@ -123,14 +123,9 @@ def _paths(setup: str, names: Mapping[str, str], files: Path | None) -> dict[str
 
 
 def _about_nobody(record: EditRequest, seed: int) -> EditRequest:
-    """The record about a subject that does not exist, so that there is no true answer either.
-
-    Raises:
-        ValueError: the record names no subject.
-    """
+    """The record about a subject that does not exist, so that there is no true answer either."""
     subject = record.subject
-    if not subject:
-        raise ValueError(f"{record.prompt[:60]!r} names no subject to put another in place of")
+    assert subject  # load_scale has seen to it
     [other] = draw(
         _kin()[subject], 1, lambda s: _is_new(invented(subject, s)), "invented", seed, record.prompt
     )

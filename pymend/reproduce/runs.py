@@ -246,7 +246,7 @@ def make_models(scale: Scale, setups: Iterable[str], jobs: int = 1) -> None:
         jobs = min(jobs, len(missing))
         asked = {name: (name, jobs == 1) for name in missing}
         with tqdm(total=len(missing), desc="models", disable=None) as bar:
-            for _ in _in_processes(locate, asked, jobs, "ieee"):
+            for _ in in_processes(locate, asked, jobs, "ieee"):
                 bar.update()
 
 
@@ -282,10 +282,10 @@ def _carried_out(
             yield run, perform(scale, run, place)
     else:
         asked = {run: (scale, run, place, False) for run in runs}
-        yield from _in_processes(perform, asked, jobs, place.matmul)
+        yield from in_processes(perform, asked, jobs, place.matmul)
 
 
-def _in_processes(
+def in_processes(
     work: Callable[..., T], asked: Mapping[K, tuple[Any, ...]], jobs: int, matmul: str
 ) -> Iterator[tuple[K, T]]:
     """What ``work`` gives for the arguments of each key, ``jobs`` at a time, as they get done."""
