@@ -282,12 +282,17 @@ def reference_params(mend: Mend) -> dict[ref.Key, ref.Params]:
 
 
 def reference_moments(mend: Mend) -> dict[ref.Key, ref.Moments]:
-    """Fresh moments for every network, of the reference."""
-    nets = mend.editor.nets.items()
-    return {
-        reference_key(mend, k): ref.Moments(n.a, n.b, official=mend.config.official)
-        for k, n in nets
-    }
+    """What the moments of every network have seen, as moments of the reference."""
+    copies = {}
+    for key, net in mend.editor.nets.items():
+        moments, own = ref.Moments(net.a, net.b, official=mend.config.official), net.moments
+        moments.k = own.count.detach().to(moments.k.dtype)
+        for side, values in (("mean", own.mean), ("s", own.m2)):
+            u, delta = values.detach().to(moments.u_mean.dtype).split([net.a, net.b])
+            setattr(moments, f"u_{side}", u.clone())
+            setattr(moments, f"delta_{side}", delta.clone())
+        copies[reference_key(mend, key)] = moments
+    return copies
 
 
 def load_reference_params(mend: Mend, params: dict[ref.Key, ref.Params]) -> None:
