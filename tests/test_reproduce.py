@@ -162,7 +162,21 @@ def test_all_tables_of_a_scale(
     assert (output / "table4.md").read_text() == before
 
 
-def test_runsin_processes_are_the_same(scale_file: Path) -> None:
+def test_costs_are_those_of_a_step(scale_file: Path) -> None:
+    """How many there are changes nothing, so what was measured stays good."""
+    scale = load_scale(str(scale_file))
+
+    def changed(**train: Any) -> dict[str, Any]:
+        mend = {**scale.algorithms["mend"]}
+        mend["train"] = {**mend["train"], **train}
+        algorithms = {**scale.algorithms, "mend": mend}
+        return costs._spec(replace(scale, algorithms=algorithms), place(scale_file))
+
+    assert changed(steps=1234) == changed()
+    assert changed(batch_size=3) != changed()
+
+
+def test_runs_in_processes_are_the_same(scale_file: Path) -> None:
     scale = load_scale(str(scale_file))
     asked = [Run("zsre", "mend"), Run("wikitext", "mend")]
     one = runs.perform_all(scale, asked, place(scale_file))

@@ -23,7 +23,7 @@ from pymend.data.builders import Splits
 from pymend.files import read_json, write_json
 from pymend.report import number
 from pymend.reproduce import data, figures
-from pymend.reproduce.plan import RIVALS, Run, Scale
+from pymend.reproduce.plan import RIVALS, Run, Scale, Settings
 from pymend.reproduce.runs import Place, in_processes, loaded
 from pymend.reproduce.tables import markdown, write_csv, write_text
 from pymend.training.trainer import Trainer
@@ -77,8 +77,17 @@ def _spec(scale: Scale, place: Place) -> dict[str, Any]:
     return {
         "dtype": place.dtype,
         "matmul": place.matmul,
-        "settings": {run.name: to_json(scale.settings(run)) for run in runs},
+        "settings": {run.name: to_json(_settings(scale, run)) for run in runs},
     }
+
+
+def _settings(scale: Scale, run: Run) -> Settings:
+    """Those of ``run``, with a few training steps and no shortcut by a cache."""
+    own = scale.settings(run)
+    if own.train is None:
+        return own
+    few = replace(own.train, steps=STEPS, save_every=2 * STEPS, prefix_cache="none")
+    return replace(own, train=few)
 
 
 def write(scale: Scale, name: str, command: str, place: Place) -> Path:
@@ -150,15 +159,13 @@ def measure_steps(scale: Scale, run: Run, place: Place, scratch: Path) -> dict[s
         scratch: an empty folder that receives the editor.
     """
     model, tokenizer, splits = _loaded(scale, run, place)
-    settings = scale.settings(run)
+    settings = _settings(scale, run)
     assert settings.train is not None and isinstance(settings.editor, EditorConfig)
     begin = _memory(model)
     algorithm = TRAINABLE[run.algorithm].from_config(model, settings.editor)
     own = _mib(_memory(model), begin)
     begin = _restart(model)
-    # No shortcut by a cache: the step as it is.
-    config = replace(settings.train, steps=STEPS, save_every=2 * STEPS, prefix_cache="none")
-    train = splits["train"]
+    config, train = settings.train, splits["train"]
     Trainer(algorithm, model, tokenizer, train, [], config, scratch, progress=False).train()
     log = (scratch / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return {
