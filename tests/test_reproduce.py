@@ -6,6 +6,7 @@ import csv
 import json
 import re
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -548,6 +549,16 @@ def test_a_scale_that_lacks_something(scale_file: Path, change: Any, message: st
     scale_file.write_text(yaml.safe_dump(raw, sort_keys=False))
     with pytest.raises(ValueError, match=message):
         load_scale(str(scale_file), quick=True)
+
+
+def test_the_scale_paper_edits_what_the_paper_edits() -> None:
+    """The default would take both of T5's gated pair, and every model's in the order of its own."""
+    scale = load_scale("paper")
+    for setup, algorithm in product(scale.setups, ("mend", "ke", "enn", "ft", "ft+kl")):
+        editor = scale.settings(Run(setup, algorithm)).editor
+        assert not isinstance(editor, CacheConfig) and editor.edit == ("paper",)
+    attention = scale.settings(Run("zsre-xl", "mend", "attention")).editor
+    assert isinstance(attention, MendConfig) and attention.edit == ("attention",)
 
 
 def test_every_claim_is_in_the_papers_table() -> None:

@@ -45,12 +45,12 @@ DEFINITIONS = {
     "that evidence, so that a claim and its counterpart stay together.",
     "claims": "Built-in facts as claims, half of them with a wrong object of the same type; the "
     "target is the other truth value. Rephrases are the relation's other wordings of the same "
-    "claim. Locality prompts are claims about other subjects with their truth values, two of the "
-    "same relation and two of any. Split by subject.",
+    "claim. Locality prompts are claims about other subjects with their truth values, two of them "
+    "of the same relation (in `pymend reproduce` none on purpose). Split by subject.",
     "qa": "Built-in facts as closed-book questions; the target is a wrong object of the same type. "
     "Rephrases are the relation's other questions. Locality prompts are other questions with their "
-    "true answers: two of the same relation about other subjects, two of other relations. Split by "
-    "subject.",
+    "true answers: two of the same relation about other subjects, two of other relations (in "
+    "`pymend reproduce` all of any). Split by subject.",
     "wikitext": "Passages cut at the end of a word; the target is a continuation sampled from the "
     "named language model at temperature 1, which starts a new word and reads back as the same "
     "tokens. Rephrases are the prompt without a random number of its first tokens, at most half of "
