@@ -237,7 +237,12 @@ def _parsers() -> tuple[_Parser, argparse.ArgumentParser]:
         "--resume", action=BooleanOptionalAction, default=False, help="go on from a checkpoint"
     )
     train.add_argument("--config", metavar="FILE", help="settings as YAML; flags win over it")
-    train.add_argument("--preset", choices=_presets(), help="settings below those of --config")
+    train.add_argument(
+        "--preset",
+        choices=_presets(),
+        help="settings below those of --config, "
+        "above the defaults shown here (default: the one named as the algorithm, for mend default)",
+    )
     _add_model(train)
     train.add_argument("--algorithm", choices=EDITORS, default="mend", help="kind of editor")
     _add_settings(train, "training", TrainConfig)
@@ -247,13 +252,17 @@ def _parsers() -> tuple[_Parser, argparse.ArgumentParser]:
     edit.set_defaults(run=_edit)
     edit.add_argument("--editor", required=True, metavar="DIR", help="what train wrote")
     edit.add_argument("--strength", type=float, default=1.0, help=STRENGTH)
-    edit.add_argument("--prompt", action="append", default=[], help="may be repeated")
+    edit.add_argument(
+        "--prompt", action="append", default=[], help="may be repeated: several facts, one edit"
+    )
     edit.add_argument("--target", action="append", default=[], help="new answer, one per prompt")
-    edit.add_argument("--data", help="take the records of a file in place of --prompt")
+    edit.add_argument("--data", help="all records of a file as one edit, in place of --prompt")
     edit.add_argument("--output", metavar="DIR", help="save the edit")
     edit.add_argument("--merge", metavar="DIR", help="save an ordinary model with the edit in it")
     edit.add_argument("--peft", metavar="DIR", help="save the edit as a LoRA adapter of PEFT")
-    edit.add_argument("--tokens", type=int, default=12, help="length of the answers shown")
+    edit.add_argument(
+        "--tokens", type=int, default=12, help="length of the answers shown (default: 12)"
+    )
     _add_model(edit)
 
     evaluate = commands.add_parser("eval", help="measure a trained editor, or a rival")
@@ -277,8 +286,10 @@ def _parsers() -> tuple[_Parser, argparse.ArgumentParser]:
     evaluate.add_argument("--limit", type=int, help="only the first records")
     evaluate.add_argument("--output", metavar="FILE", help="write the results as JSON")
     evaluate.add_argument("--ppl-text", metavar="FILE", help="text for the perplexity drawdown")
-    evaluate.add_argument("--batch-size", type=int, default=16, help="edits in one pass")
-    evaluate.add_argument("--n-edits", type=int, default=1, help="simultaneous edits")
+    evaluate.add_argument(
+        "--batch-size", type=int, default=16, help="edits in one pass (default: 16)"
+    )
+    evaluate.add_argument("--n-edits", type=int, default=1, help="simultaneous edits (default: 1)")
     _add_model(evaluate)
 
     imported = commands.add_parser("import", help="take an editor over from the paper's code")
@@ -325,7 +336,7 @@ def _parsers() -> tuple[_Parser, argparse.ArgumentParser]:
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
-    group.add_argument("--model", default="smollm2", help="smollm2, a folder, or a hub name")
+    group.add_argument("--model", default="smollm2", help=f"{cli_data.MODELS} (default: smollm2)")
     group.add_argument(
         "--chat",
         action=BooleanOptionalAction,
@@ -338,7 +349,10 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 def _add_machine(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("machine")
     group.add_argument(
-        "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16")
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="of the model; auto: what it was saved in (default: auto)",
     )
     group.add_argument("--device", help="default: the GPU if there is one")
     group.add_argument("--threads", type=int, help="CPU threads")
@@ -479,6 +493,9 @@ def _edit(args: argparse.Namespace) -> None:
 
     _at_least_one(args, "tokens")
     requests = _requests(args)
+    places = [Path(p).resolve() for p in (args.output, args.merge, args.peft) if p]
+    if len(set(places)) < len(places):
+        raise ValueError("--output, --merge and --peft need folders of their own; name others")
     if args.output:
         writable_dir(args.output)
     merged = empty_dir(args.merge) if args.merge else None
@@ -544,13 +561,14 @@ def _requests(args: argparse.Namespace) -> list[EditRequest]:
 
 def _eval(args: argparse.Namespace) -> None:
     from pymend.data import load_records
+    from pymend.data.readers import read_text
     from pymend.evaluation import evaluate
     from pymend.files import write_json
     from pymend.report import metrics_table
 
     _at_least_one(args, "limit", "batch_size")
     data = load_records(args.data, split="test")[: args.limit]
-    text = _text(args.ppl_text) if args.ppl_text else None
+    text = read_text(Path(args.ppl_text)) if args.ppl_text else None
     output = _file(args.output) if args.output else None
     algorithm_for = _algorithm(args)
     model, tokenizer = _model(args)
@@ -628,18 +646,6 @@ def _rival_settings(pairs: Sequence[str], cls: type) -> dict[str, Any]:
         patterns = isinstance(value, str) and isinstance(getattr(cls, name, None), tuple)
         settings[name] = [value] if patterns else value
     return settings
-
-
-def _text(name: str) -> str:
-    """What the file ``name`` says.
-
-    Raises:
-        ValueError: it is not UTF-8.
-    """
-    try:
-        return Path(name).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is not UTF-8 text: {error}; save it as UTF-8") from error
 
 
 def _file(name: str) -> Path:
@@ -743,6 +749,7 @@ def _model(args: argparse.Namespace) -> tuple[Any, Any]:
 
     quiet.set_verbosity_error()
     quiet.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # not every retry
     _at_least_one(args, "threads")
     if args.threads is not None:
         torch.set_num_threads(args.threads)

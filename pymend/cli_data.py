@@ -12,6 +12,7 @@ from pymend.data import builders, load_records
 from pymend.data.builders import Cuts, Splits
 from pymend.data.builders.sets import EXAMPLES, SPLITS
 
+MODELS = "smollm2, bart-mini, t5-mini, bert-mini, gpt2-mini, a folder, or a hub name"
 CUTS = {
     "min_words": "shortest passage",
     "prompt_tokens": "longest prompt",
@@ -53,7 +54,7 @@ def add(
         dest="model",
         required=True,
         metavar="MODEL",
-        help="smollm2, a folder, or a hub name",
+        help=MODELS,
     )
     wikitext.set_defaults(load=load)
     for field in fields(Cuts):
@@ -68,7 +69,9 @@ def add(
     show = actions.add_parser("show", help="counts and examples of a data file")
     show.set_defaults(run=_show)
     show.add_argument("file", metavar="FILE", help="a file of records, or facts (built in)")
-    show.add_argument("--examples", type=int, default=EXAMPLES, help="how many are shown")
+    show.add_argument(
+        "--examples", type=int, default=EXAMPLES, help=f"how many are shown (default: {EXAMPLES})"
+    )
 
 
 def _builder(names: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
@@ -127,6 +130,7 @@ def _qa(args: argparse.Namespace) -> None:
 
 
 def _wikitext(args: argparse.Namespace) -> None:
+    from pymend.files import writable_dir
     from pymend.sampling import continuations
     from pymend.tokens import Encoder
 
@@ -135,6 +139,7 @@ def _wikitext(args: argparse.Namespace) -> None:
         texts = {split: builders.fact_passages(split, args.seed) for split in SPLITS}
     else:
         texts = builders.read_passages(Path(args.raw), cuts.min_words)
+    writable_dir(args.output)  # before hours of sampling
     model, tokenizer = args.load(args)
     encoder = Encoder.for_model(model, tokenizer)
     if not encoder.continues_text:

@@ -47,7 +47,8 @@ def _reproduce(args: argparse.Namespace) -> None:
     from pymend.reproduce.runs import Place, start
 
     scale = load_scale(args.scale, args.quick)
-    names = list(scale.tables) if args.names == ["all"] else args.names
+    asked = [name for n in args.names for name in (scale.tables if n == "all" else [n])]
+    names = list(dict.fromkeys(asked))
     for name in names:
         if name not in scale.tables:
             raise ValueError(
@@ -85,6 +86,9 @@ def _pages(
     absent += [setup for name in shown for setup in scale.tables[name]]
     if measured and not (output / "costs.json").is_file():
         absent += costs.setups(scale)
+    for run in runs:  # what is wrong with any should not be found after hours of others
+        for needed in (*scale.before(run), run):
+            scale.settings(needed)
     for setup in absent:
         data.check(scale.setups[setup], place.files)
     make_models(scale, absent, args.jobs)

@@ -234,6 +234,8 @@ def from_json(cls: type[T], values: dict[str, Any], where: str) -> T:
         default = fields[name].default
         if isinstance(value, list):
             value = tuple(value)
+            if not all(isinstance(part, str) for part in value):
+                raise ValueError(f"{where}: {name} must be a list of texts, got {list(value)!r}")
         if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if default is not dataclasses.MISSING and type(value) is not type(default):

@@ -105,7 +105,7 @@ def greedy(
 def _generated(
     model: PreTrainedModel, encoder: Encoder, rows: Sequence[Row], tokens: int
 ) -> list[str]:
-    """The first line of what the model generates from every row."""
+    """The first line of what the model generates from every row, as far as its context goes."""
     tokenizer, device = encoder.tokenizer, model.device
     pad = tokenizer.eos_token_id or 0
     if rows[0].source:
@@ -118,6 +118,9 @@ def _generated(
         length = torch.tensor([[len(r.ids)] for r in rows], device=device)
         mask = (torch.arange(start, device=device) >= start - length).long()
         given = {"input_ids": ids, "attention_mask": mask}
+        tokens = min(tokens, encoder.limit - start) if encoder.limit else tokens
+        if tokens < 1:
+            return ["" for _ in rows]
     out = model.generate(  # type: ignore[operator]
         **given, do_sample=False, max_new_tokens=tokens, pad_token_id=pad
     )

@@ -25,8 +25,11 @@ from tiny import (
 )
 
 from pymend import Edit, EditRequest, MendConfig, Probe, TrainConfig, Trainer, evaluate
+from pymend.config import from_json
 from pymend.mend import Mend
 from pymend.models import find_weights
+from pymend.report import greedy
+from pymend.tokens import Encoder
 
 FC = "transformer.h.3.mlp.c_fc.weight"
 
@@ -51,6 +54,12 @@ def edit_of(mend: Mend, model: Any) -> Edit:
 def test_unknown_weight_name(model: Any) -> None:
     with pytest.raises(ValueError, match=r"no parameter is called 'h\.9\.weight'; names look like"):
         find_weights(model, [FC, "h.9.weight"])
+
+
+@pytest.mark.parametrize("kind", ["attention", "paper"])
+def test_a_kind_of_matrices_among_names(model: Any, kind: str) -> None:
+    with pytest.raises(ValueError, match=f"'{kind}' stands alone; leave out the other names"):
+        find_weights(model, [FC, kind])
 
 
 @pytest.mark.parametrize("name", ["transformer.wte.weight", "transformer.h.3.mlp.c_fc.bias"])
@@ -103,6 +112,13 @@ def test_a_locality_prompt_beyond_the_context(model: Any, mend: Mend) -> None:
     data = [EditRequest(WORDS[0], WORDS[1], locality=(Probe(LONG, WORDS[2]),))]
     with pytest.raises(ValueError, match=r"record 0: .*33 tokens"):
         evaluate(mend, model, tokenizer(), data, progress=False)
+
+
+def test_an_answer_that_is_shown_ends_with_the_context(model: Any) -> None:
+    encoder = Encoder.for_model(model, tokenizer())
+    nearly, full = (" ".join(WORDS[:n]) for n in (CONTEXT - 2, CONTEXT))
+    assert greedy(model, encoder, [nearly], 2) == greedy(model, encoder, [nearly], 300) != [""]
+    assert greedy(model, encoder, [full], 5) == [""]
 
 
 def test_no_data(model: Any, mend: Mend, tmp_path: Path) -> None:
@@ -433,3 +449,8 @@ def test_editor_settings(settings: dict[str, Any], message: str) -> None:
 def test_training_settings(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TrainConfig(**settings)
+
+
+def test_weights_that_are_no_names() -> None:
+    with pytest.raises(ValueError, match=r"--set: edit must be a list of texts, got \[1\]"):
+        from_json(MendConfig, {"edit": [1]}, "--set")

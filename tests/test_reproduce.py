@@ -508,6 +508,7 @@ def test_the_papers_numbers_can_be_read() -> None:
     [
         (["table7"], "has no 'table7'; choose all, or of table3"),
         (["table4", "--scale", "nano"], "no scale 'nano'; choose one of mini, smollm2, paper"),
+        (["all", "table12"], "has no 'table12'; choose all, or of table3"),
         (["table4", "--jobs", "0"], "jobs is 0; it must be at least 1"),
     ],
 )
@@ -540,7 +541,9 @@ def test_a_file_that_is_no_scale(tmp_path: Path) -> None:
             "invented subjects for wikitext; only claims, qa, zsre-hard can have any",
         ),
         (lambda raw: raw["algorithms"]["cache"].update(factors=[1.0]), "lacks some of"),
-        (lambda raw: raw.pop("quick"), "is no scale"),
+        (lambda raw: raw.pop("quick"), "is no scale: it has no 'quick'"),
+        (lambda raw: raw["algorithms"]["ft"].pop("records"), "scores no records of ft; give it"),
+        (lambda raw: raw["tables"].update(table12={"zsre": ""}), "has a table table12, which is"),
     ],
 )
 def test_a_scale_that_lacks_something(scale_file: Path, change: Any, message: str) -> None:

@@ -201,9 +201,7 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise ValueError(
-            f"{path}: no such file; check the path, or use 'facts' for the built-in set"
-        ) from None
+        raise ValueError(f"{path}: no such file; check the path") from None
     except IsADirectoryError:
         raise ValueError(f"{path}: is a folder; name a file in it") from None
     except UnicodeDecodeError as error:
@@ -275,6 +273,8 @@ def load_records(source: str | Path, split: Split = "train") -> list[EditRequest
         logger.info("built-in facts, %s split: %d records", split, len(records))
         return records
     path = Path(source)
+    if not path.exists():
+        raise ValueError(f"{path}: no such file; check the path, or use 'facts', which is built in")
     rows = list(read_rows(path))
     if not rows:
         raise ValueError(f"{path}: holds no records; write at least one")

@@ -122,6 +122,9 @@ def find_weights(
     else:
         if kind == PAPER:
             patterns = paper_weights(getattr(model, "config", None))
+        mixed = [p for p in patterns if p in (*KINDS, PAPER)] if len(patterns) > 1 else []
+        if mixed:
+            raise ValueError(f"{mixed[0]!r} stands alone; leave out the other names, or name all")
         for pattern in patterns:
             matches = [n for n in names if fnmatchcase(n, pattern)]
             if not matches:

@@ -72,7 +72,8 @@ def load_model(
                 reason = "pytorch_model.bin is a pickle, which is not read; save it as safetensors"
             raise ValueError(f"{source} holds no model that can be loaded: {reason}") from error
         raise RuntimeError(
-            f"model {name!r} is no folder here and cannot be fetched from the hub: {reason}"
+            f"model {name!r} is no folder here and cannot be fetched from the hub ({reason}); "
+            f"without a hub there are smollm2, {', '.join(mini.RECIPES)}"
         ) from error
     return model.to(target).eval(), tokenizer
 

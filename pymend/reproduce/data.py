@@ -45,8 +45,7 @@ CUTS = Cuts(prompt_tokens=32, locality_tokens=48)  # short, since the models are
 def prepare(setup: Setup, cache: Path) -> None:
     """Write the sets of ``setup`` that are built in to ``cache``, unless they are there.
 
-    Raises:
-        ValueError: no such set is built in.
+    :func:`check` has been called.
     """
     if not isinstance(setup.data, str):
         return
@@ -56,11 +55,8 @@ def prepare(setup: Setup, cache: Path) -> None:
             continue
         if setup.data == "wikitext":
             splits, settings = _passages(setup.model, seed)
-        elif setup.data in BUILT_IN:
-            splits, settings = BUILT_IN[setup.data](seed), {}
         else:
-            known = ", ".join([*BUILT_IN, "wikitext"])
-            raise ValueError(f"no data set {setup.data!r} is built in; choose one of {known}")
+            splits, settings = BUILT_IN[setup.data](seed), {}
         write_set(folder, setup.data, splits, seed=seed, settings=settings)
 
 
@@ -108,12 +104,19 @@ def check(setup: Setup, files: Path | None) -> None:
     """Find fault with what ``setup`` reads before anything is made.
 
     Raises:
-        ValueError: it reads files, and no folder is given.
+        ValueError: it reads files, and no folder is given; or no such set is built in.
         FileNotFoundError: a file or folder is missing.
     """
-    if not isinstance(setup.data, str):
-        for path in _paths(setup.name, setup.data, files).values():
-            path.stat()
+    if isinstance(setup.data, str):
+        known = (*BUILT_IN, "wikitext")
+        if setup.data not in known:
+            raise ValueError(
+                f"no data set {setup.data!r} is built in; choose one of {', '.join(known)}"
+            )
+        return
+    for path in _paths(setup.name, setup.data, files).values():
+        if not path.exists():
+            raise FileNotFoundError(f"{path} does not exist; the folder of --data must hold it")
 
 
 def _paths(setup: str, names: Mapping[str, str], files: Path | None) -> dict[str, Path]:

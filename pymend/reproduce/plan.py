@@ -23,8 +23,10 @@ from pymend.config import (
     TrainConfig,
     from_json,
 )
+from pymend.data.readers import read_text
 
 SCALES = ("mini", "smollm2", "paper")
+TABLES = (*(f"table{n}" for n in (3, 4, 5, 6, 8, 9, 10, 11)), "memory", "time")
 RIVALS = ("ft", "ft+kl", "enn", "ke", "cache")
 WITH_SUBJECTS = ("claims", "qa", "zsre-hard")  # sets from facts whose records name their subject
 FACTORS = (0.5, 1.0, 2.0)  # of Cache's eps*, as in the paper
@@ -169,22 +171,35 @@ def load_scale(name: str, quick: bool = False) -> Scale:
     if name in SCALES:
         text = (resources.files("pymend.reproduce") / f"{name}.yaml").read_text(encoding="utf-8")
     elif Path(name).is_file():
-        text = Path(name).read_text(encoding="utf-8")
+        text = read_text(Path(name))
     else:
         raise ValueError(f"no scale {name!r}; choose one of {', '.join(SCALES)}, or a YAML file")
     try:
         raw = yaml.safe_load(text)
-        reduced = raw.pop("quick", {})
+        if not isinstance(raw, dict):
+            raise TypeError("it is no mapping")
+        reduced = raw.pop("quick", None)
+        if quick and reduced is None:
+            raise KeyError("quick")
         setups = {key: Setup(key, **value) for key, value in raw.pop("setups").items()}
         batches = tuple(raw.pop("batches", Scale.batches))
         scale = Scale(Path(name).stem, setups=setups, batches=batches, **raw)
         scale = _reduced(scale, reduced) if quick else scale
         absent = {s for table in scale.tables.values() for s in table} - set(setups)
         absent |= {"mend", *RIVALS} - set(scale.algorithms)
+        unscored = [a for a, own in scale.algorithms.items() if own.get("records", 0) < 1]
         factors = scale.algorithms["cache"].get("factors", FACTORS)
         nameless = [s.name for s in setups.values() if s.invented and s.data not in WITH_SUBJECTS]
     except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{name} is no scale: {error!r}") from error
+        what = f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise ValueError(f"{name} is no scale: {what}") from error
+    unknown = set(scale.tables) - set(TABLES)
+    if unknown:
+        raise ValueError(
+            f"{name} has a table {min(unknown)}, which is none; choose of {', '.join(TABLES)}"
+        )
+    if unscored:
+        raise ValueError(f"{name} scores no records of {unscored[0]}; give it records, 1 or more")
     if nameless:
         raise ValueError(
             f"{name} has invented subjects for {', '.join(nameless)}; only "
