@@ -467,7 +467,7 @@ def test_what_cannot_work_is_refused_before_the_work(
     evaluate = ("eval", *missing, "--data", records)
     assert f"{tmp_path} is a folder" in fails(capsys, *evaluate, "--output", tmp_path)
     assert f"cannot write to {file}" in fails(capsys, *evaluate, "--output", file / "x.json")
-    assert f"{latin} is not UTF-8" in fails(capsys, *evaluate, "--ppl-text", latin)
+    assert f"{latin}: is not UTF-8" in fails(capsys, *evaluate, "--ppl-text", latin)
     for flag in ("limit", "batch-size"):
         error = fails(capsys, *evaluate, f"--{flag}", 0)
         assert f"{flag.replace('-', '_')} is 0; it must be at least 1" in error
