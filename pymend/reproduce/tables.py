@@ -21,13 +21,14 @@ NAMES = {"ft": "FT", "ft+kl": "FT+KL", "enn": "ENN", "ke": "KE", "mend": "MEND"}
 CACHE = {1.0: "Cache eps*", 0.5: "Cache eps*/2", 2.0: "Cache 2 eps*"}
 PROTOCOL = (
     "Edit success is `es_outer`, what the paper's tables were made with: teacher-forced exact "
-    "match on one random rephrase of each edit. Drawdown is of the exact match on the true answers "
-    "of locality prompts, on Wikitext (and zsRE with SmolLM2) of the perplexity of locality texts. In brackets 95 % "
-    "intervals by bootstrap, in which records of a subject, or of a group of simultaneous edits, "
-    "are drawn together (Wikitext passages one by one, though a fact has about two; groups share "
-    "some facts). Steps of an editor for several edits come after those for fewer. Seconds "
-    "per edit were taken beside the other runs of `--jobs`; extra MiB "
-    "are the peak memory of an edit over the loaded model and editor, where `memory` was measured."
+    "match on one random rephrase of each edit. Drawdown is of the exact match on the true "
+    "answers of locality prompts, on Wikitext (and zsRE with SmolLM2) of the perplexity of "
+    "locality texts. In brackets 95 % intervals by bootstrap, in which records of a subject, or "
+    "of a group of simultaneous edits, are drawn together (Wikitext passages one by one, though a "
+    "fact has about two; groups share some facts). Steps of an editor for several edits come "
+    "after those for fewer. Seconds per edit were taken beside the other runs of `--jobs`; extra "
+    "MiB are the peak memory of an edit over the loaded model and editor, where `memory` was "
+    "measured."
 )
 
 
