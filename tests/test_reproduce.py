@@ -420,7 +420,7 @@ def test_models_are_made_side_by_side(
     assert asked == {"bart-mini": ("bart-mini", True), "jobs": 1}
 
 
-def test_workin_processes() -> None:
+def test_work_in_processes() -> None:
     """Results by key; what is wrong with what the user gave is told as if it were found here."""
     asked = {n: (n,) for n in ("no model", "neither")}
     assert dict(runs.in_processes(locate, asked, 2, "ieee")) == {n: n for n in asked}
@@ -446,7 +446,7 @@ def test_what_is_missing_is_said_first(
     assert main([*words, *out]) == 2
     assert "wikitext reads wiki; name their folder" in capsys.readouterr().err
     assert main([*words, *out, "--data", str(scale_file.parent)]) == 2
-    assert "No such file" in capsys.readouterr().err
+    assert "wiki does not exist; the folder of --data must hold it" in capsys.readouterr().err
     assert main([*words, *out, "--device", "cuda:99"]) == 2
     assert "device 'cuda:99' cannot be used" in capsys.readouterr().err
 
