@@ -254,7 +254,8 @@ def _layout(
     columns, theirs = scale.tables[name], paper(name)
     head = [""]
     for setup, column in columns.items():
-        head += [f"{Path(scale.setups[setup].model).name}, {setup}", f"paper: {column}"]
+        head += [f"{Path(scale.setups[setup].model).name}, {setup}"]
+        head += [f"paper: {column}"] if column else []
     rows = []
     for row in table.rows:
         line = [row.label]
@@ -266,7 +267,7 @@ def _layout(
                 else f"{number(found.success)} {_span(found.success_interval)} / "
                 f"{number(found.drawdown)} {_span(found.drawdown_interval)}"
             )
-            line += [ours, theirs.get(column, {}).get(row.label, "-")]
+            line += [ours, *([theirs.get(column, {}).get(row.label, "-")] if column else [])]
         rows.append(line)
     return markdown(head, rows)
 
