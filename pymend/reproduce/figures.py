@@ -101,22 +101,35 @@ def _thresholds(scale: Scale, name: str, table: Table, results: Results, path: P
                 continue
             kind = scale.setups[setup].drawdown
             own = cell(scale, results, mend, setup)
-            parts = (("es_outer", "edit success", BLUE), (kind, "drawdown", RED))
-            for score, label, colour in parts:
+            ax.set_ylim(-0.05, 1.05)
+            cost = ax
+            if kind.startswith("perplexity"):  # it has no bound, and so an axis of its own
+                cost = ax.twinx()
+                cost.set_yscale("symlog", linthresh=1)
+                cost.set_ylabel("perplexity drawdown", color=RED)
+                cost.spines["right"].set_visible(True)
+            parts = ((ax, "es_outer", "edit success", BLUE), (cost, kind, "drawdown", RED))
+            lines = []
+            for side, score, label, colour in parts:
                 values = [look["metrics"][score] for look in looks]
-                if score == kind:
-                    values = [min(v, 1.5) for v in values]
                 factors = [look["factor"] for look in looks]
-                ax.plot(factors, values, "o-", color=colour, label=f"Cache, {label}")
+                lines += side.plot(factors, values, "o-", color=colour, label=f"Cache, {label}")
                 if own:
                     level = own.success if score == "es_outer" else own.drawdown
-                    ax.axhline(level, color=colour, linestyle="--", label=f"MEND, {label}")
+                    mark = f"MEND, {label}"
+                    lines += [side.axhline(level, color=colour, linestyle="--", label=mark)]
+            # Below the curves, never on them.
+            if ax is axes[0]:
+                ax.legend(
+                    handles=lines,
+                    loc="upper left",
+                    bbox_to_anchor=(-0.02, -0.2),
+                    ncols=2,
+                    **LEGEND,
+                )
             ax.set_xscale("log", base=2)
             ax.set_xlabel(f"eps / eps*   (eps* = {_star(looks):.2g})")
             ax.set_title(f"{Path(scale.setups[setup].model).name}, {setup}", fontsize=9)
-            ax.set_ylim(-0.05, 1.55 if kind.startswith("perplexity") else 1.05)
-        # Below the curves, never on them.
-        axes[0].legend(loc="upper left", bbox_to_anchor=(-0.02, -0.2), ncols=2, **LEGEND)
 
 
 def _star(looks: Sequence[Mapping[str, Any]]) -> float:
