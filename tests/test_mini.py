@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -69,7 +70,7 @@ def course(name: str, tokenizer: Any = None) -> Course:
 @pytest.mark.parametrize("name", KINDS)
 def test_what_is_saved_is_what_was_trained(name: str, cache: Path) -> None:
     place = mini.make(name, progress=False)
-    assert place == cache / name
+    assert place == cache / f"{name}-v{mini.EDITION}"
     model, tokenizer = load(place, name)
     card = mini.card(place)
     assert card["model"] == name and card["steps"] == 12 and card["facts"] == 29
@@ -141,7 +142,7 @@ def test_a_half_written_folder_is_made_again(
     assert mini.make("gpt2-mini", progress=False) == place
     assert len(taught) == (there == "a rest")
     load(place, "gpt2-mini")
-    assert [p.name for p in cache.iterdir()] == ["gpt2-mini"]
+    assert [p.name for p in cache.iterdir()] == [place.name]
 
 
 def counted(function: Callable[..., Any], calls: list[int]) -> Callable[..., Any]:
@@ -165,7 +166,7 @@ def test_a_model_that_learned_too_little_is_not_kept(
 def test_the_command_makes_and_lists(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["models", "make", "gpt2-mini", "--seed", "3"]) == 0
     out = capsys.readouterr().out
-    assert str(cache / "gpt2-mini-seed3") in out and "held_out" in out
+    assert str(cache / f"gpt2-mini-v{mini.EDITION}-seed3") in out and "held_out" in out
     assert main(["models", "make", "gpt3-mini"]) == 2
     assert "no model is called 'gpt3-mini'; choose one of bart-mini," in capsys.readouterr().err
     assert main(["models", "list", "bart-mini"]) == 0
@@ -180,10 +181,11 @@ def test_a_model_is_loaded_by_its_name(cache: Path) -> None:
 @pytest.mark.parametrize("name", KINDS)
 def test_weights_to_edit(name: str) -> None:
     """There are blocks below the edited ones, and edits have two shapes."""
-    weights = find_weights(mini.skeleton(name))
+    model = mini.skeleton(name)
+    weights, width = find_weights(model), model.config.hidden_size
     stacks = 2 if mini.RECIPES[name].auto == "AutoModelForSeq2SeqLM" else 1
     assert len(weights) == {1: 6, 2: 8}[stacks]
-    assert {w.shape for w in weights} == {(mini.WIDTH, mini.INNER), (mini.INNER, mini.WIDTH)}
+    assert {w.shape for w in weights} == {(width, 4 * width), (4 * width, width)}
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -225,6 +227,17 @@ def test_rows_are_the_seen_wordings(name: str) -> None:
     else:
         assert texts <= seen
     assert not texts & hidden
+
+
+def test_passages_begin_anywhere_in_their_first_half() -> None:
+    fact = lessons(mini.RECIPES["gpt2-mini"].wordings)[0]
+    said = [text for text in fact.sentences() if "\n" not in text]
+    total = len(" ".join(said).split())
+    passages = [fact.passage(random.Random(seed)) for seed in range(200)]
+    assert {len(p.split()) for p in passages} == set(range(total - total // 2, total + 1))
+    assert any(not p.startswith(tuple(said)) for p in passages)
+    for passage in passages:
+        assert sum(text in passage for text in said) >= len(said) // 2 - 1
 
 
 @pytest.mark.slow

@@ -42,9 +42,14 @@ class Lesson:
         return [f"{text} {self.truth}." for text in self.seen]
 
     def passage(self, rng: random.Random) -> str:
-        """The seen wordings that are statements, in mixed order."""
+        """The seen wordings that are statements, in mixed order, from some word of the first half.
+
+        Language models learn from pieces of long texts, so what they say does not hang on where a
+        text begins.
+        """
         texts = [text for text in self.sentences() if "\n" not in text]
-        return " ".join(rng.sample(texts, len(texts)))
+        words = " ".join(rng.sample(texts, len(texts))).split()
+        return " ".join(words[rng.randrange(len(words) // 2 + 1) :])
 
 
 def lessons(wordings: Wordings, subjects: int = 0) -> list[Lesson]:
