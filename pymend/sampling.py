@@ -13,6 +13,7 @@ from transformers import LogitsProcessor
 from pymend.models import frozen
 from pymend.tokens import Encoder
 
+TOP = 50  # likeliest tokens of which one is drawn: the default of transformers, too
 TOGETHER = 32  # prompts in one pass
 ATTEMPTS = 8  # samples that may fail to read back before a prompt is given up
 
@@ -26,10 +27,11 @@ def continuations(
     tokens: int,
     progress: bool = True,
 ) -> list[str | None]:
-    """A continuation of every prompt by ``tokens`` tokens, sampled at temperature 1.
+    """A continuation of every prompt by ``tokens`` tokens, each one of the ``TOP`` likeliest.
 
-    It starts a new word, has no special tokens, and reads back: joined to the prompt as any target
-    is, it has the tokens that were sampled. What does not is drawn again; None after some attempts.
+    They are drawn at temperature 1. It starts a new word, has no special tokens, and reads back:
+    joined to the prompt as any target is, it has the tokens that were sampled. What does not is
+    drawn again; None after some attempts.
 
     Args:
         model: a decoder-only language model.
@@ -82,7 +84,9 @@ class _Choice(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
         logits = scores.double().cpu()
         allowed = self.ordinary if self.step else self.starts
-        share = logits.masked_fill(~allowed, -torch.inf).softmax(1).cumsum(1)
+        logits = logits.masked_fill(~allowed, -torch.inf)
+        least = logits.topk(min(TOP, logits.shape[1]), 1).values[:, -1:]
+        share = logits.masked_fill(logits < least, -torch.inf).softmax(1).cumsum(1)
         # Scaled by the sum, which rounding leaves a little off 1.
         place = self.draws[:, self.step, None] * share[:, -1:]
         token = torch.searchsorted(share, place, right=True)

@@ -18,6 +18,7 @@ import tiny
 from test_cli import fails
 from test_data import data_file
 
+from pymend import sampling
 from pymend.cli import main
 from pymend.config import EditRequest, Probe
 from pymend.data import load_records, load_relations, split_of
@@ -334,7 +335,8 @@ def test_a_continuation_depends_on_its_own_seed_only() -> None:
     assert part == whole[5:9]
 
 
-def test_samples_follow_the_model() -> None:
+def test_samples_follow_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "TOP", len(tiny.WORDS))
     model = tiny.gpt2()
     encoder = Encoder.for_model(model, tiny.tokenizer())
     prompt, n = words(4, 0), 2_000
@@ -344,6 +346,17 @@ def test_samples_follow_the_model() -> None:
     for word, p in zip(tiny.WORDS, share.tolist(), strict=True):
         deviation = (p * (1 - p) / n) ** 0.5
         assert abs(texts.count(word) / n - p) < 5 * deviation + 1 / n
+
+
+def test_unlikely_tokens_are_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "TOP", 3)
+    model = tiny.gpt2()
+    encoder = Encoder.for_model(model, tiny.tokenizer())
+    prompt = words(4, 0)
+    texts = continuations(model, encoder, [prompt] * 200, range(200), 1, False)
+    logits = tiny.logits_of(model, [encoder.row(prompt)])[0, -1]
+    likeliest = logits[4:].topk(3).indices.tolist()
+    assert set(texts) == {tiny.WORDS[i] for i in likeliest}
 
 
 def test_no_room_for_a_continuation() -> None:

@@ -52,11 +52,12 @@ DEFINITIONS = {
     "true answers: two of the same relation about other subjects, two of other relations (in "
     "`pymend reproduce` all of any). Split by subject.",
     "wikitext": "Passages cut at the end of a word; the target is a continuation sampled from the "
-    "named language model at temperature 1, which starts a new word and reads back as the same "
-    "tokens. Rephrases are the prompt without a random number of its first tokens, at most half of "
-    "them (the paper's rule; 0 occurs). Locality prompts are other passages without an answer: "
-    "every position counts. The paper does not give the length of its prompts; ours is a setting. "
-    "Split by passage, or by subject for the passages made from built-in facts.",
+    "named language model, each token one of the 50 likeliest, which starts a new word and reads "
+    "back as the same tokens. Rephrases are the prompt without a random number of its first "
+    "tokens, at most half of them (the paper's rule; 0 occurs). Locality prompts are other "
+    "passages without an answer: every position counts. The paper does not give the length of its "
+    "prompts; ours is a setting. Split by passage, or by subject for the passages made from "
+    "built-in facts.",
 }
 
 
