@@ -130,7 +130,7 @@ def test_all_tables_of_a_scale(
         if picture:
             assert (output / picture[1]).read_bytes().startswith(b"\x89PNG")
     four = (output / "table4.md").read_text()
-    assert "| bart-mini, zsre | paper: BART-base, zsRE |" in four
+    assert f"| {mini.folder('bart-mini').name}, zsre | paper: BART-base, zsRE |" in four
     assert re.search(r"\| MEND \| .* \| \.98 / \.002 \| .* \| \.86 / \.225 \|", four)
     # The sheet and the page tell what the result files hold.
     sheet = list(csv.DictReader((output / "table4.csv").read_text().splitlines()))
@@ -407,8 +407,9 @@ def test_models_are_made_side_by_side(
     runs.make_models(load_scale(str(scale_file)), ["zsre", "wikitext"], jobs=2)
     assert not asked
     mini_scale = load_scale("mini")
-    (tmp_path / "gpt2-mini").mkdir()
-    (tmp_path / "gpt2-mini" / "complete.json").write_text("{}")
+    there = mini.folder("gpt2-mini")
+    there.mkdir()
+    (there / "complete.json").write_text("{}")
     runs.make_models(mini_scale, ["zsre", "fever", "wikitext", "zsre-hard"], jobs=8)
     assert asked == {
         "bart-mini": ("bart-mini", False),
