@@ -9,8 +9,8 @@ installed. It changes no setting of the card.
 Every stage runs in a process of its own, so that a fault of the device ends that stage alone, and
 has its place in a time plan: it is killed when its seconds and those that earlier stages left over
 are used up. What it found by then is in ``gpu.json``, which is whole after every stage. Where the
-plan is shorter than all stages, the ones in ``DROPPED`` are left out, in that order. The exit
-status is 1 if a stage that checks something failed or did not finish.
+plan is shorter than all stages, the ones in ``DROPPED`` are left out, in that order; ``--stages``
+chooses by hand. The exit status is 1 if a stage that checks something failed or did not finish.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -79,6 +79,9 @@ STAGES = (
     Stage("gpu_ops:counters", 35),
 )
 DROPPED = ("counters", "compiled", "sanitizers", "system", "ops", "edit", "tests")
+READY = "PYMEND_READY"  # in the environment: do not build
+INFO = "from pymend import build_info; print(build_info())"
+MUST = {"PYMEND_REQUIRE_KERNELS": "1"}
 LOGS = ("build", "tests", "sanitizers", "counters")
 
 
@@ -91,7 +94,7 @@ def manifest(run: Run) -> None:
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     run.save(
-        commit=commit or "unknown",
+        commit=os.environ.get("PYMEND_COMMIT") or commit or "unknown",
         torch=torch.__version__,
         python=platform.python_version(),
         packages={name: _version(name) for name in ("numpy", "transformers", "triton")},
@@ -120,9 +123,15 @@ def _version(distribution: str) -> str:
 
 
 def build(run: Run) -> None:
-    """The native module for this device alone; the log holds registers and spills."""
+    """The native module for this device alone; the log holds registers and spills.
+
+    With ``--ready`` the one that lies in ``pymend/``, from another machine and torch, is kept.
+    """
     found = json.loads((run.out / "gpu.json").read_text())["stages"]["manifest"]
     folder = run.out / "build" if run.dry else ROOT / "build/gpu"
+    if READY in os.environ:
+        run.save(target="ready", info=run.command(sys.executable, "-c", INFO, **MUST))
+        return
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
     configure = ["cmake", "-S", ".", "-B", folder, *generator]
     configure.append(f"-DPython_EXECUTABLE={sys.executable}")
@@ -139,7 +148,7 @@ def build(run: Run) -> None:
     if run.dry:
         shutil.rmtree(folder)
         return
-    run.command(sys.executable, "-c", "from pymend import build_info; print(build_info())")
+    run.command(sys.executable, "-c", INFO, **MUST)
 
 
 def parse_ptxas(output: str) -> list[dict[str, Any]]:
@@ -179,6 +188,21 @@ def plan(seconds: float) -> tuple[list[Stage], list[str]]:
         stages = [s for s in stages if s.name != name]
         dropped.append(name)
     return stages, dropped
+
+
+def chosen(words: Sequence[str]) -> list[Stage]:
+    """The stages named in ``words``, as ``NAME`` or ``NAME=SECONDS``, in the order of a full run.
+
+    Raises:
+        ValueError: a word names no stage, or its seconds are no number.
+    """
+    wanted = {name: seconds for name, _, seconds in (word.partition("=") for word in words)}
+    known = [stage.name for stage in STAGES]
+    if unknown := ", ".join(sorted(wanted.keys() - known)):
+        raise ValueError(f"no stage is called {unknown}; there are {', '.join(known)}")
+    stages = [stage for stage in STAGES if stage.name in {"manifest", *wanted}]
+    seconds = {name: float(text) for name, text in wanted.items() if text}
+    return [replace(s, seconds=seconds.get(s.name, s.seconds)) for s in stages]
 
 
 def execute(stage: Stage, run: Run) -> None:
@@ -240,9 +264,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("out", type=Path, help="folder of the results")
     parser.add_argument("--seconds", type=float, default=PLAN, help="time plan of the whole run")
+    parser.add_argument("--stages", nargs="+", metavar="NAME[=SECONDS]", help="only these")
+    parser.add_argument("--ready", action="store_true", help="use the module in pymend/ as it is")
     parser.add_argument("--dry-run", action="store_true", help="rehearse on a CPU, tiny sizes")
     options = parser.parse_args(arguments)
     begin, dry = time.monotonic(), options.dry_run
+    try:
+        stages, dropped = (chosen(options.stages), []) if options.stages else plan(options.seconds)
+    except ValueError as problem:
+        parser.error(str(problem))
+    if options.ready:
+        os.environ[READY] = "1"
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     for old in (f"{name}.log" for name in LOGS):
@@ -253,7 +285,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sys.path.insert(0, str(ROOT))
     missing = preload()
 
-    stages, dropped = plan(options.seconds)
     results: dict[str, Any] = {
         "format_version": FORMAT,
         "rehearsal": dry,

@@ -100,6 +100,15 @@ def crashes(run):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def test_stages_can_be_chosen_and_given_their_seconds():
+    stages = gpu.chosen(["edit=7.5", "tests"])
+    assert [s.name for s in stages] == ["manifest", "tests", "edit"]
+    assert stages[2].seconds == 7.5
+    assert stages[1] in gpu.STAGES
+    with pytest.raises(ValueError, match="no stage is called edits; there are manifest, build"):
+        gpu.chosen(["edits"])
+
+
 @pytest.mark.parametrize(
     ("name", "status"), [("fails", "failed"), ("hangs", "cut"), ("crashes", "crashed (-9)")]
 )
