@@ -9,15 +9,12 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <dlfcn.h>
+
 #include <string>
 #include <vector>
 
 #include "math/rounding.h"
-
-// Lives in libtorch_cuda. Weak, because a strong reference would make the import fail under a CPU-only torch; null
-// there is fine, since only CUDA tensors lead to a call. Can go when the floor reaches torch 2.13.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
-                                                                                   void** ret_stream);
 
 namespace pymend {
 
@@ -28,11 +25,19 @@ using DeviceGuard = torch::stable::accelerator::DeviceGuard;
 
 #define PYMEND_CHECK(condition, ...) STD_TORCH_CHECK(condition, __VA_ARGS__)
 
-// torch's current stream on a device, as the opaque pointer that the CUDA runtime calls cudaStream_t.
+// torch's current stream on a device, as the opaque pointer that the CUDA runtime calls cudaStream_t. The function is
+// looked up in the library that torch has loaded: naming that library would make the import fail under a CPU-only torch,
+// and a weak reference stays null, because Python gives every module a scope of its own. Can go when the floor reaches
+// torch 2.13.
 inline void* current_stream(int32_t device_index) {
-  PYMEND_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA, yet a CUDA tensor was given");
+  using Get = AOTITorchError (*)(int32_t device_index, void** stream);
+  static const auto get = [] {
+    void* torch_cuda = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return torch_cuda ? reinterpret_cast<Get>(dlsym(torch_cuda, "aoti_torch_get_current_cuda_stream")) : nullptr;
+  }();
+  PYMEND_CHECK(get != nullptr, "this torch has no CUDA, yet a CUDA tensor was given");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index, &stream));
+  STABLE_TORCH_ERROR_CODE_CHECK(get(device_index, &stream));
   return stream;
 }
 
