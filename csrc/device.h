@@ -66,6 +66,10 @@ __device__ __forceinline__ T& shared_memory() {
 #include "emu/shim.h"
 #endif
 
+#include <type_traits>
+
+#include "math/rounding.h"
+
 namespace pymend {
 
 constexpr int WARP = 32;
@@ -84,6 +88,31 @@ __device__ __forceinline__ Four<uint32_t> load_once(const void* from) {
   return {{words.x, words.y, words.z, words.w}};
 #else
   return *static_cast<const Four<uint32_t>*>(from);
+#endif
+}
+
+// 16 aligned bytes that nobody reads soon.
+__device__ __forceinline__ void store_once(void* to, const Four<uint32_t>& words) {
+#ifdef __CUDACC__
+  __stcs(static_cast<uint4*>(to), make_uint4(words.of[0], words.of[1], words.of[2], words.of[3]));
+#else
+  *static_cast<Four<uint32_t>*>(to) = words;
+#endif
+}
+
+// Two elements of 16 bits in a word, each rounded to nearest, as round_to<T>() does but for the bits of a NaN.
+template <typename T>
+__device__ __forceinline__ uint32_t round_pair(float low, float high) {
+#ifdef __CUDACC__
+  uint32_t word;
+  if constexpr (std::is_same<T, Bf16>::value) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  }
+  return word;
+#else
+  return round_to<T>(low).bits | static_cast<uint32_t>(round_to<T>(high).bits) << 16;
 #endif
 }
 

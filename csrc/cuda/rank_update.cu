@@ -1,5 +1,8 @@
 // rank_update on CUDA tensors: checks, launches on torch's current stream.
 #include "kernels/rank_update.cuh"
+#include "kernels/rank_update_mma.cuh"
+
+#include <algorithm>
 
 #include "glue/rank_update.h"
 
@@ -7,7 +10,9 @@ namespace pymend {
 namespace {
 
 constexpr int BLOCK = 256;
-constexpr int MMA_BLOCK = 128;  // 64 x 64 elements
+constexpr int MMA_BLOCK = 128;  // tiles of 64 x 128 elements
+// A block goes down so many tiles that there is work for about three waves of blocks, and at most these.
+constexpr int64_t LONGEST_STRIP = 8, TILES_FOR_WAVES = 132 * 3 * 3;
 
 // Gathers matrices for one of the two kernels and launches it whenever a list is full.
 template <typename T>
@@ -17,6 +22,7 @@ struct Launcher {
   const Tensor& alpha;
   Stream stream;
   bool random, few;
+  int strip;
   RankUpdateList<T> list;
 
   void add(const RankUpdate<T>& matrix) {
@@ -24,7 +30,7 @@ struct Launcher {
     if (few) {
       append(list, matrix, TILE_ROWS, BLOCK);
     } else {
-      append(list, matrix, MmaTile<MMA_BLOCK>::ROWS, MmaTile<MMA_BLOCK>::COLS);
+      append(list, matrix, strip * MmaTile<MMA_BLOCK>::ROWS, MmaTile<MMA_BLOCK>::COLS);
     }
   }
 
@@ -43,8 +49,14 @@ struct Launcher {
     auto* simt = rank_update_kernel<T, BLOCK, false>;
     if constexpr (sizeof(T) == 2) {
       if (!few) {
+        PackedFactors packed = place_factors(list);
+        const int64_t units = packed.first[list.count];
+        Tensor words = torch::stable::new_empty(alpha, {units * UNIT_WORDS}, ScalarType::Int);
+        packed.words = static_cast<uint32_t*>(words.mutable_data_ptr());
+        launch(pack_factors_kernel<T, BLOCK>, ceil_div(units, BLOCK / WARP), BLOCK, 0, stream, list, packed);
         auto* mma = random ? rank_update_mma_kernel<T, MMA_BLOCK, true> : rank_update_mma_kernel<T, MMA_BLOCK, false>;
-        launch(mma, list.tiles, MMA_BLOCK, sizeof(RankUpdateMmaShared<MMA_BLOCK>), stream, list, step, kept);
+        launch(mma, list.tiles, MMA_BLOCK, sizeof(RankUpdateMmaShared<MMA_BLOCK>), stream, list, packed, step, strip,
+               kept);
         return;
       }
       if (random) simt = rank_update_kernel<T, BLOCK, true>;
@@ -52,6 +64,15 @@ struct Launcher {
     launch(simt, list.tiles, BLOCK, sizeof(RankUpdateShared<T, BLOCK>), stream, list, step, kept);
   }
 };
+
+template <typename T>
+int strip_for(const std::vector<RankUpdate<T>>& matrices) {
+  int64_t tiles = 0;
+  for (const auto& m : matrices) {
+    tiles += ceil_div(m.rows, MmaTile<MMA_BLOCK>::ROWS) * ceil_div(m.cols, MmaTile<MMA_BLOCK>::COLS);
+  }
+  return static_cast<int>(std::clamp(tiles / TILES_FOR_WAVES, int64_t{1}, LONGEST_STRIP));
+}
 
 template <typename T>
 Tensor run(const std::vector<Tensor>& weights, const std::vector<Tensor>& u, const std::vector<Tensor>& delta,
@@ -65,7 +86,7 @@ Tensor run(const std::vector<Tensor>& weights, const std::vector<Tensor>& u, con
 
   const bool random = !seeds.empty();
   for (const bool few : {true, false}) {
-    Launcher<T> next{step, fidelity_ptr, alpha, stream, random, few};
+    Launcher<T> next{step, fidelity_ptr, alpha, stream, random, few, strip_for(matrices)};
     for (const auto& matrix : matrices) {
       if ((matrix.n <= FEW || sizeof(T) != 2) == few) next.add(matrix);
     }

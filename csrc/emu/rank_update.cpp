@@ -1,5 +1,6 @@
 // Bindings of the emulated rank_update kernels.
 #include "kernels/rank_update.cuh"
+#include "kernels/rank_update_mma.cuh"
 
 #include <tuple>
 #include <vector>
@@ -16,19 +17,28 @@ using Matrix = std::tuple<uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, int
 template <typename T, int BLOCK>
 void rank_update_on(const std::vector<Matrix>& matrices, uintptr_t alpha, uintptr_t fidelity, bool random, bool mma,
                     const Schedule& schedule) {
+  constexpr int STRIP = 2;
   RankUpdateList<T> list;
   for (const auto& [weight, row, col, rows, cols, n, seed] : matrices) {
     append(list, {at<T>(weight), at<const Acc<T>>(row), at<const Acc<T>>(col), rows, cols, n, list.count, 0, seed},
-           mma ? MmaTile<BLOCK>::ROWS : TILE_ROWS, mma ? MmaTile<BLOCK>::COLS : BLOCK);
+           mma ? STRIP * MmaTile<BLOCK>::ROWS : TILE_ROWS, mma ? MmaTile<BLOCK>::COLS : BLOCK);
   }
   std::vector<Kept> partial(list.tiles);
   const auto run = [&](auto* kernel, size_t shared) {
     launch(kernel, list.tiles, BLOCK, shared, &schedule, list, at<const Acc<T>>(alpha), partial.data());
   };
-  const size_t simt_shared = sizeof(RankUpdateShared<T, BLOCK>), mma_shared = sizeof(RankUpdateMmaShared<BLOCK>);
+  const size_t simt_shared = sizeof(RankUpdateShared<T, BLOCK>);
   if constexpr (sizeof(T) == 2) {
-    if (mma && random) run(rank_update_mma_kernel<T, BLOCK, true>, mma_shared);
-    if (mma && !random) run(rank_update_mma_kernel<T, BLOCK, false>, mma_shared);
+    if (mma) {
+      PackedFactors packed = place_factors(list);
+      const int64_t units = packed.first[list.count];
+      std::vector<Four<uint32_t>> words(units * UNIT_WORDS / 4);
+      packed.words = reinterpret_cast<uint32_t*>(words.data());
+      launch(pack_factors_kernel<T, BLOCK>, ceil_div(units, BLOCK / WARP), BLOCK, 0, &schedule, list, packed);
+      auto* kernel = random ? rank_update_mma_kernel<T, BLOCK, true> : rank_update_mma_kernel<T, BLOCK, false>;
+      launch(kernel, list.tiles, BLOCK, sizeof(RankUpdateMmaShared<BLOCK>), &schedule, list, packed,
+             at<const float>(alpha), STRIP, partial.data());
+    }
     if (!mma && random) run(rank_update_kernel<T, BLOCK, true>, simt_shared);
     if (!mma && !random) run(rank_update_kernel<T, BLOCK, false>, simt_shared);
   } else {

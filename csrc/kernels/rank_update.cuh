@@ -1,14 +1,11 @@
 // rank_update on a GPU: W <- round(W - alpha * sum_k delta_k u_k^T), in place, for a list of matrices.
 //
 // Formula    math/rank_update.h; the update of a linear layer from the factors of its gradient (MEND, Mitchell et al.
-//            2022, section 3). Two kernels: SIMT for few rows of factors and for wide weights, fp32 accumulation (fp64
-//            for fp64); tensor cores for bfloat16 and float16 weights with more than FEW rows.
-// Layout     SIMT: one block per tile of TILE_ROWS x BLOCK elements, tiles of all matrices in one grid. A thread owns one
+//            2022, section 3). fp32 multiply-adds (fp64 for fp64), for few rows of factors and for wide weights;
+//            rank_update_mma.cuh has bfloat16 and float16 weights with more than FEW rows.
+// Layout     One block per tile of TILE_ROWS x BLOCK elements, tiles of all matrices in one grid. A thread owns one
 //            column of its tile and keeps TILE_ROWS sums in registers; `row` is staged in shared memory DEPTH rows at a
 //            time and read by broadcast, `col` and W are read along the row, coalesced.
-//            Tensor cores: a warp owns 32 x 32 elements as 2 x 4 fragments. Factors are staged as bfloat16 pairs along
-//            k, each value as the sum of two (16 bits of mantissa), and multiplied as hi hi + hi lo + lo hi. The sums
-//            pass through shared memory, so that W is read along the row here too.
 // Bytes      2 * sizeof(T) per element of W; per tile also 4 n (tile rows + tile columns) of factors, which stay in L2.
 // Caller     Contiguous operands as in RankUpdate<T>, no two weights overlapping; blockDim = BLOCK; shared memory of the
 //            kernel's Shared struct; `partial` holds one Kept per tile; fidelity_kernel afterwards, same stream.
@@ -71,111 +68,6 @@ __global__ void rank_update_kernel(const __grid_constant__ RankUpdateList<T> lis
         const int64_t at = (row0 + r) * m.cols + col;
         kept.add(update_element<RANDOM>(m.weight[at], wanted, m.seed, at), wanted);
       }
-    }
-  }
-  kept.along = block_sum<BLOCK>(kept.along, shared.scratch);
-  kept.wanted = block_sum<BLOCK>(kept.wanted, shared.scratch);
-  if (threadIdx.x == 0) partial[tile] = kept;
-}
-
-// Tile of the tensor-core kernel: 32 x 32 elements for each warp, two warps side by side where there are two.
-template <int BLOCK>
-struct MmaTile {
-  static constexpr int WARPS = BLOCK / WARP;
-  static constexpr int COLS = WARPS == 1 ? 32 : 64;
-  static constexpr int ROWS = WARPS * 32 * 32 / COLS;
-};
-
-// Words of two bfloat16 in a staged row of factors: 4 more than needed, so that a fragment's lanes meet 32 banks.
-constexpr int PAIRS = DEPTH / 2 + 4;
-
-template <int BLOCK>
-struct RankUpdateMmaShared {
-  using Tile = MmaTile<BLOCK>;
-  struct Factors {
-    uint32_t row[2][Tile::ROWS][PAIRS];  // [high or low part][row][pair of k]
-    uint32_t col[2][Tile::COLS][PAIRS];
-  };
-  union {
-    Factors factors;
-    float sum[Tile::ROWS][Tile::COLS + 4];  // once the factors have been used up
-  };
-  double scratch[Tile::WARPS];
-};
-
-// Stages columns [first, first + COUNT) of DEPTH rows of a factor [n, width], from row k0 on, zeros outside.
-template <int BLOCK, int COUNT>
-__device__ __forceinline__ void stage_pairs(const float* factor, int64_t n, int64_t width, int64_t k0, int64_t first,
-                                            uint32_t (&staged)[2][COUNT][PAIRS]) {
-  for (int i = threadIdx.x; i < COUNT * DEPTH / 2; i += BLOCK) {
-    const int pair = i / COUNT, at = i % COUNT;
-    uint32_t high = 0, low = 0;
-    for (int side = 0; side < 2; ++side) {
-      const int64_t k = k0 + 2 * pair + side;
-      const float x = k < n && first + at < width ? factor[k * width + first + at] : 0.0f;
-      const Bf16 part = round_to<Bf16>(x);
-      high |= static_cast<uint32_t>(part.bits) << (16 * side);
-      low |= static_cast<uint32_t>(round_to<Bf16>(x - widen(part)).bits) << (16 * side);
-    }
-    staged[0][at][pair] = high;
-    staged[1][at][pair] = low;
-  }
-}
-
-template <typename T, int BLOCK, bool RANDOM>
-__global__ void rank_update_mma_kernel(const __grid_constant__ RankUpdateList<T> list, const float* alpha,
-                                       Kept* partial) {
-  using Tile = MmaTile<BLOCK>;
-  auto& shared = shared_memory<RankUpdateMmaShared<BLOCK>>();
-  const int64_t tile = blockIdx.x;
-  const RankUpdate<T>& m = list.item[list.matrix_of(tile)];
-  const int64_t tiles_across = ceil_div(m.cols, Tile::COLS);
-  const int64_t row0 = (tile - m.first_tile) / tiles_across * Tile::ROWS;
-  const int64_t col0 = (tile - m.first_tile) % tiles_across * Tile::COLS;
-  const int warp = threadIdx.x / WARP, g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
-  const int warp_row = warp / (Tile::COLS / 32) * 32, warp_col = warp % (Tile::COLS / 32) * 32;
-
-  float sum[2][4][4] = {};
-  for (int64_t k0 = 0; k0 < m.n; k0 += DEPTH) {
-    __syncthreads();  // the previous stage has been read
-    stage_pairs<BLOCK, Tile::ROWS>(m.row, m.n, m.rows, k0, row0, shared.factors.row);
-    stage_pairs<BLOCK, Tile::COLS>(m.col, m.n, m.cols, k0, col0, shared.factors.col);
-    __syncthreads();
-#pragma unroll
-    for (int word = 0; word < DEPTH / 2; word += 8) {
-      uint32_t a[2][2][4], b[2][4][2];
-#pragma unroll
-      for (int part = 0; part < 2; ++part) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          a[part][i / 4][i % 4] = shared.factors.row[part][warp_row + i / 4 * 16 + i % 2 * 8 + g][word + i % 4 / 2 * 4 + t];
-          b[part][i / 2][i % 2] = shared.factors.col[part][warp_col + i / 2 * 8 + g][word + i % 2 * 4 + t];
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        mma_bf16(sum[i / 4][i % 4], a[0][i / 4], b[1][i % 4]);
-        mma_bf16(sum[i / 4][i % 4], a[1][i / 4], b[0][i % 4]);
-        mma_bf16(sum[i / 4][i % 4], a[0][i / 4], b[0][i % 4]);
-      }
-    }
-  }
-  __syncthreads();  // the last factors have been read
-#pragma unroll
-  for (int i = 0; i < 32; ++i) {
-    const int row = warp_row + i / 16 * 16 + i % 4 / 2 * 8 + g, col = warp_col + i / 4 % 4 * 8 + 2 * t + i % 2;
-    shared.sum[row][col] = sum[i / 16][i / 4 % 4][i % 4];
-  }
-  __syncthreads();
-
-  Kept kept;
-  const float step = -alpha[m.index];
-  for (int i = threadIdx.x; i < Tile::ROWS * Tile::COLS; i += BLOCK) {
-    const int64_t row = row0 + i / Tile::COLS, col = col0 + i % Tile::COLS;
-    if (row < m.rows && col < m.cols) {
-      const float wanted = step * shared.sum[i / Tile::COLS][i % Tile::COLS];
-      const int64_t at = row * m.cols + col;
-      kept.add(update_element<RANDOM>(m.weight[at], wanted, m.seed, at), wanted);
     }
   }
   kept.along = block_sum<BLOCK>(kept.along, shared.scratch);

@@ -29,6 +29,33 @@ struct Kept {
   PYMEND_INLINE double fidelity() const { return wanted > 0 ? along / wanted : 1.0; }
 };
 
+// The same sums in float, for a few elements at a time, of numbers scaled by a power of two so that the squares of the
+// largest neither overflow nor vanish. What is applied may be twice as large; at random, 2^16 times.
+struct ScaledKept {
+  float scale, inverse;
+  float along = 0, wanted = 0;
+
+  // `largest`: of the wanted changes, of either sign.
+  PYMEND_INLINE explicit ScaledKept(float largest) {
+    uint32_t exponent = to_bits(largest) & 0x7F800000u;
+    if (exponent < (1u << 23)) exponent = 1u << 23;
+    if (exponent > (253u << 23)) exponent = 253u << 23;
+    scale = from_bits(exponent);
+    inverse = from_bits((254u << 23) - exponent);
+  }
+  PYMEND_INLINE void add(float applied_, float wanted_) {
+    applied_ *= inverse;
+    wanted_ *= inverse;
+    along += applied_ * wanted_;
+    wanted += wanted_ * wanted_;
+  }
+  PYMEND_INLINE void add_to(Kept& kept) const {
+    const double square = static_cast<double>(scale) * scale;
+    kept.along += along * square;
+    kept.wanted += wanted * square;
+  }
+};
+
 // Adds `wanted` to the weight at `position` of its matrix with one rounding; returns what was really added.
 template <bool RANDOM, typename T>
 PYMEND_INLINE Acc<T> update_element(T& weight, Acc<T> wanted, uint64_t seed, int64_t position) {
