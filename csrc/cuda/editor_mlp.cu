@@ -61,6 +61,8 @@ EditorMlpResult run_backward(const Tensor& grad, const Tensor& p, const Tensor& 
 
 Tensor editor_mlp(std::optional<Tensor> x, Tensor p, Tensor bias, std::optional<Tensor> scale,
                   std::optional<Tensor> shift, Tensor mode) {
+  if (p.scalar_type() == ScalarType::BFloat16) return run<Bf16>(x, p, bias, scale, shift, mode);
+  if (p.scalar_type() == ScalarType::Half) return run<Fp16>(x, p, bias, scale, shift, mode);
   check_editor_mlp_dtype(p);
   return p.scalar_type() == ScalarType::Double ? run<double>(x, p, bias, scale, shift, mode)
                                                : run<float>(x, p, bias, scale, shift, mode);

@@ -55,6 +55,8 @@ void editor_mlp(const std::string& dtype, const Operands& of, const Sizes& sizes
   const auto schedule = parse_schedule(order, seed);
   if (dtype == "float64") return forward_in(gather<double>(of, sizes), x, y, block, schedule);
   if (dtype == "float32") return forward_in(gather<float>(of, sizes), x, y, block, schedule);
+  if (dtype == "bfloat16") return forward_in(gather<Bf16>(of, sizes), x, y, block, schedule);
+  if (dtype == "float16") return forward_in(gather<Fp16>(of, sizes), x, y, block, schedule);
   throw std::invalid_argument("dtype is '" + dtype + "'");
 }
 

@@ -1,6 +1,7 @@
 // editor_mlp on a GPU: a layer of the editor's network after its products, and the backward of that part.
 //
-// Formula    math/editor_mlp.h (MEND, Mitchell et al. 2022, Eq. 3).
+// Formula    math/editor_mlp.h (MEND, Mitchell et al. 2022, Eq. 3). Forward, bfloat16 and float16 are taken in fp32 and
+//            rounded once.
 // Layout     Forward: one block per tile of EPILOGUE_ROWS x BLOCK elements; a thread owns one column and reads its bias
 //            once. Backward: one block per mode and WARP columns; a lane owns a column, and the warps take the rows in
 //            turn and pass over those of other modes. Each row has one mode, so grad_p is written once, and the sums
@@ -21,12 +22,12 @@ PYMEND_INLINE int64_t tiles_of(int64_t count, int64_t size) { return (count + si
 
 // Without modes 1 and 0, which leave z as it is.
 template <typename T>
-PYMEND_INLINE T scale_of(const EditorMlp<T>& m, int64_t mode, int64_t col) {
-  return m.modes > 0 ? m.scale[mode * m.cols + col] : T(1);
+PYMEND_INLINE Acc<T> scale_of(const EditorMlp<T>& m, int64_t mode, int64_t col) {
+  return m.modes > 0 ? widen(m.scale[mode * m.cols + col]) : Acc<T>(1);
 }
 template <typename T>
-PYMEND_INLINE T shift_of(const EditorMlp<T>& m, int64_t mode, int64_t col) {
-  return m.modes > 0 ? m.shift[mode * m.cols + col] : T(0);
+PYMEND_INLINE Acc<T> shift_of(const EditorMlp<T>& m, int64_t mode, int64_t col) {
+  return m.modes > 0 ? widen(m.shift[mode * m.cols + col]) : Acc<T>(0);
 }
 
 // x may be null: y = max(pre, 0).
@@ -36,14 +37,14 @@ __global__ void editor_mlp_kernel(const __grid_constant__ EditorMlp<T> m, const 
   const int64_t row0 = blockIdx.x / tiles_across * EPILOGUE_ROWS;
   const int64_t col = blockIdx.x % tiles_across * BLOCK + threadIdx.x;
   if (col >= m.cols) return;
-  const T bias = m.bias[col];
+  const Acc<T> bias = widen(m.bias[col]);
 #pragma unroll
   for (int r = 0; r < EPILOGUE_ROWS; ++r) {
     const int64_t row = row0 + r, at = row * m.cols + col;
     if (row < m.rows) {
       const int64_t mode = m.modes > 0 ? m.mode[row] : 0;
-      const T above = rectify(under_max(m.p[at] + bias, scale_of(m, mode, col), shift_of(m, mode, col)));
-      y[at] = x ? x[at] + above : above;
+      const Acc<T> pre = under_max(widen(m.p[at]) + bias, scale_of(m, mode, col), shift_of(m, mode, col));
+      y[at] = round_to<T>(x ? widen(x[at]) + rectify(pre) : rectify(pre));
     }
   }
 }

@@ -3,6 +3,7 @@
 // Formula    math/moments.h (MEND, Mitchell et al. 2022, section 3.2), in double.
 // Layout     live_rows_kernel: one warp per row. moments_kernel: one thread per column walks the segments in order; it
 //            reads a segment three times, from L1 or L2 after the first. Neighbouring threads read neighbouring columns.
+//            Where nothing is merged, rows do not depend on each other: a thread takes ROWS_APART of its column.
 //            A launch takes 120 segments; a further launch goes on with the moments that the last one wrote.
 // Bytes      R (a + b) (2 sizeof(T) + sizeof(O)) for R rows, the second reading by and large from L2; 32 (a + b).
 // Caller     Operands as in Segment<T>; blockDim = BLOCK; no shared memory; `live` holds a byte per row of z, `before`
@@ -17,6 +18,7 @@ namespace pymend {
 // Passed to a kernel by value: 120 segments of 32 bytes stay below the 4 KiB of kernel arguments, and a by-value list
 // needs no copy to the device, so no synchronisation, and a launch can be captured in a graph.
 constexpr int MAX_SEGMENTS = 120;
+constexpr int ROWS_APART = 8;
 
 template <typename T>
 struct SegmentList {  // of one segment at least
@@ -28,7 +30,10 @@ struct SegmentList {  // of one segment at least
   PYMEND_INLINE int64_t end() const { return item[count - 1].first + item[count - 1].rows; }
   // Grids of the two kernels: at least one block, which also copies count.
   int64_t row_blocks(int block) const { return (end() - first()) / (block / WARP) + 1; }
-  int64_t column_blocks(int block) const { return (a + b + block - 1) / block; }
+  PYMEND_INLINE int64_t across(int block) const { return (a + b + block - 1) / block; }
+  int64_t column_blocks(int block, bool merge) const {
+    return across(block) * (merge ? 1 : (end() - first()) / ROWS_APART + 1);
+  }
 };
 
 // Whether an element of row [0, width) is not zero; the same answer for all lanes.
@@ -59,8 +64,12 @@ __global__ void live_rows_kernel(const __grid_constant__ SegmentList<T> list, co
 template <typename T, typename O, int BLOCK>
 __global__ void moments_kernel(const __grid_constant__ SegmentList<T> list, const uint8_t* live, const int64_t* before,
                                double* mean, double* m2, int64_t* count, bool merge, O* z) {
-  const int64_t column = int64_t(blockIdx.x) * BLOCK + threadIdx.x, columns = list.a + list.b;
+  const int64_t across = list.across(BLOCK), columns = list.a + list.b;
+  const int64_t column = blockIdx.x % across * BLOCK + threadIdx.x;
   if (column >= columns) return;
+  // The rows of z that this thread writes.
+  const int64_t begin = merge ? list.first() : list.first() + blockIdx.x / across * ROWS_APART;
+  const int64_t end = merge ? list.end() : begin + ROWS_APART;
   ColumnMoments moments{mean[column], m2[column]};
   int64_t seen = *before;
   double inverse = moments.inverse(static_cast<double>(seen));
@@ -90,8 +99,9 @@ __global__ void moments_kernel(const __grid_constant__ SegmentList<T> list, cons
         inverse = moments.inverse(static_cast<double>(seen));
       }
     }
+    const int64_t stop = end - segment.first < segment.rows ? end - segment.first : segment.rows;
 #pragma unroll 4
-    for (int64_t r = 0; r < segment.rows; ++r) {
+    for (int64_t r = begin > segment.first ? begin - segment.first : 0; r < stop; ++r) {
       const double value = (x.at[r * x.step] - moments.mean) * inverse;
       z[(segment.first + r) * columns + column] = static_cast<O>(alive[r] ? value : 0.0);
     }

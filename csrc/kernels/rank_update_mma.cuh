@@ -101,16 +101,16 @@ struct RankUpdateMmaShared {
   double scratch[BLOCK / WARP];
 };
 
-// Eight neighbours of a row of W as words of two, with zeros outside. `whole`: rows of W are cut at 16 bytes.
+// Eight neighbours of a row of W as words of two; only the first `inside` are W's, the others zeros. `whole`: all rows of
+// W are cut at 16 bytes.
 template <typename T>
-__device__ __forceinline__ Four<uint32_t> load_eight(const RankUpdate<T>& m, int64_t row, int64_t col, bool whole) {
+__device__ __forceinline__ Four<uint32_t> load_eight(const T* from, int inside, bool whole) {
   Four<uint32_t> words = {};
-  if (row >= m.rows || col >= m.cols) return words;
-  const T* from = m.weight + row * m.cols + col;
+  if (inside <= 0) return words;
   if (whole) return load_once(from);
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    if (col + i < m.cols) words.of[i / 2] |= static_cast<uint32_t>(from[i].bits) << (16 * (i % 2));
+    if (i < inside) words.of[i / 2] |= static_cast<uint32_t>(from[i].bits) << (16 * (i % 2));
   }
   return words;
 }
@@ -120,36 +120,31 @@ __device__ __forceinline__ T element(const Four<uint32_t>& words, int i) {
   return {static_cast<uint16_t>(words.of[i / 2] >> (16 * (i % 2)))};
 }
 
-// Adds `wanted` to eight neighbours and writes them back.
+// Adds `wanted` to eight neighbours and writes them back. `position`: of the first in its matrix.
 template <bool RANDOM, typename T>
-__device__ __forceinline__ void update_eight(const RankUpdate<T>& m, int64_t row, int64_t col, bool whole,
-                                             const Four<uint32_t>& before, const float (&wanted)[8], ScaledKept& kept) {
-  if (row >= m.rows || col >= m.cols) return;
-  const int64_t at = row * m.cols + col;
+__device__ __forceinline__ void update_eight(T* to, int inside, bool whole, const Four<uint32_t>& before,
+                                             const float (&wanted)[8], uint64_t seed, int64_t position,
+                                             ScaledKept& kept) {
+  if (inside <= 0) return;
   Four<uint32_t> words = {};
 #pragma unroll
   for (int i = 0; i < 8; i += 2) {
-    float sum[2], old[2];
-#pragma unroll
-    for (int side = 0; side < 2; ++side) {
-      old[side] = widen(element<T>(before, i + side));
-      sum[side] = old[side] + wanted[i + side];
-    }
+    const float old[2] = {widen(element<T>(before, i)), widen(element<T>(before, i + 1))};
+    const float sum[2] = {old[0] + wanted[i], old[1] + wanted[i + 1]};
     if constexpr (RANDOM) {
-      words.of[i / 2] = round_randomly<T>(sum[0], random_bits(m.seed, at + i)).bits |
-                        static_cast<uint32_t>(round_randomly<T>(sum[1], random_bits(m.seed, at + i + 1)).bits) << 16;
+      words.of[i / 2] = round_randomly<T>(sum[0], random_bits(seed, position + i)).bits |
+                        static_cast<uint32_t>(round_randomly<T>(sum[1], random_bits(seed, position + i + 1)).bits) << 16;
     } else {
       words.of[i / 2] = round_pair<T>(sum[0], sum[1]);
     }
-    // Columns past the edge hold zeros and want none.
+    // Past the edge there are zeros, and none is wanted.
     kept.add(widen(element<T>(words, i)) - old[0], wanted[i]);
     kept.add(widen(element<T>(words, i + 1)) - old[1], wanted[i + 1]);
   }
-  T* to = m.weight + at;
   if (whole) return store_once(to, words);
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    if (col + i < m.cols) to[i] = element<T>(words, i);
+    if (i < inside) to[i] = element<T>(words, i);
   }
 }
 
@@ -164,23 +159,29 @@ __global__ void __launch_bounds__(BLOCK, (RANDOM ? 256 : 384) / BLOCK)
   const RankUpdate<T>& m = list.item[index];
   const int64_t tiles_across = ceil_div(m.cols, Tile::COLS);
   const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-  int64_t row = (tile - m.first_tile) / tiles_across * (Tile::ROWS * strip) + warp / Tile::ACROSS * 32;
+  const int64_t row = (tile - m.first_tile) / tiles_across * (Tile::ROWS * strip) + warp / Tile::ACROSS * 32;
   const int64_t col = (tile - m.first_tile) % tiles_across * Tile::COLS + warp % Tile::ACROSS * 64;
   // Of this lane in the products: rows g and g + 8 of 16, eight columns of each 32.
   const int g = lane / 4, along = lane % 4 * 8;
   const bool whole = m.cols % 8 == 0 && reinterpret_cast<uintptr_t>(m.weight) % 16 == 0;
-  const int64_t steps = steps_of(m.n);
+  const int64_t steps = steps_of(m.n), place = (row + g) * m.cols + col + along;
   const auto* factors = reinterpret_cast<const Four<uint32_t>*>(packed.words + packed.first[index] * UNIT_WORDS) + lane;
+  const auto* of_rows = factors + row / UNIT * steps * PARTS * WARP;
   const auto* of_cols = factors + (row_units(m.rows) + col / UNIT) * steps * PARTS * WARP;
   const float step = -alpha[m.index];
+  // W's rows and columns from this lane's first on.
+  int64_t down = m.rows - row - g;
+  const int right = static_cast<int>(m.cols - col < 64 ? m.cols - col : 64) - along;
 
   Kept kept;
   if (col < m.cols) {
+    T* weight = m.weight + place;
     Four<uint32_t> before[8];  // [16 rows][8 rows][32 columns]
 #pragma unroll
-    for (int i = 0; i < 8; ++i) before[i] = load_eight(m, row + i / 2 * 8 + g, col + i % 2 * 32 + along, whole);
-    for (int turn = 0; turn < strip && row < m.rows; ++turn, row += Tile::ROWS) {
-      const auto* of_rows = factors + row / UNIT * steps * PARTS * WARP;
+    for (int i = 0; i < 8; ++i) {
+      before[i] = load_eight(weight + i / 2 * 8 * m.cols + i % 2 * 32, i / 2 * 8 < down ? right - i % 2 * 32 : 0, whole);
+    }
+    for (int turn = 0; turn < strip && down > -g; ++turn) {
       float sum[2][8][4] = {};  // [16 rows][8 columns][what a lane holds of a product]
       for (int64_t s = 0; s < steps; ++s) {
         Four<uint32_t> a[2][PARTS];
@@ -216,11 +217,17 @@ __global__ void __launch_bounds__(BLOCK, (RANDOM ? 256 : 384) / BLOCK)
         for (int e = 0; e < 8; ++e) {
           wanted[e] = step * sum[i / 4][i % 2 * 4 + e / 2][i / 2 % 2 * 2 + e % 2];
         }
-        const int64_t at = row + i / 2 * 8 + g, from = col + i % 2 * 32 + along;
-        update_eight<RANDOM>(m, at, from, whole, before[i], wanted, own);
-        if (turn + 1 < strip) before[i] = load_eight(m, at + Tile::ROWS, from, whole);
+        T* at = weight + i / 2 * 8 * m.cols + i % 2 * 32;
+        const int inside = right - i % 2 * 32;
+        update_eight<RANDOM>(at, i / 2 * 8 < down ? inside : 0, whole, before[i], wanted, m.seed, at - m.weight, own);
+        if (turn + 1 < strip) {
+          before[i] = load_eight(at + Tile::ROWS * m.cols, Tile::ROWS + i / 2 * 8 < down ? inside : 0, whole);
+        }
       }
       own.add_to(kept);
+      weight += Tile::ROWS * m.cols;
+      of_rows += Tile::ROWS / UNIT * steps * PARTS * WARP;
+      down -= Tile::ROWS;
     }
   }
   kept.along = block_sum<BLOCK>(kept.along, shared.scratch);

@@ -21,6 +21,7 @@ from pymend import _lib
 from pymend.ops.products import product
 
 DTYPES = (torch.float64, torch.float32)  # of the kernels; other floating dtypes run in torch ops
+NARROW = (torch.bfloat16, torch.float16)  # but on a GPU, where no backward pass follows
 
 
 def editor_mlp(
@@ -111,7 +112,8 @@ class _EditorMlp(torch.autograd.Function):
         # `factors` is looked up in backward, on the parameters themselves: an optimiser may give
         # them a new list in between, and hooks may hand saved tensors back as copies.
         ctx.parameters = (v, u)
-        return _epilogue(x if residual else None, p, bias, scale, shift, mode)
+        alone = not any(ctx.needs_input_grad)
+        return _epilogue(x if residual else None, p, bias, scale, shift, mode, alone)
 
     @staticmethod
     @once_differentiable
@@ -180,8 +182,9 @@ def _columns_by_columns(left: Tensor, right: Tensor) -> Tensor:
 # What follows the products, natively or in torch ops.
 
 
-def _use_kernel(p: Tensor) -> bool:
-    return p.dtype in DTYPES and _lib.use_kernel("editor_mlp", p.device)
+def _use_kernel(p: Tensor, alone: bool = False) -> bool:
+    dtypes = (*DTYPES, *NARROW) if alone and p.device.type == "cuda" else DTYPES
+    return p.dtype in dtypes and _lib.use_kernel("editor_mlp", p.device)
 
 
 def _epilogue(
@@ -191,9 +194,10 @@ def _epilogue(
     scale: Tensor | None,
     shift: Tensor | None,
     mode: Tensor,
+    alone: bool = False,
 ) -> Tensor:
-    """x [R, d] or None, p [R, d] -> y [R, d]."""
-    if _use_kernel(p):
+    """x [R, d] or None, p [R, d] -> y [R, d]; ``alone``: without a backward pass."""
+    if _use_kernel(p, alone):
         return torch.ops.pymend.editor_mlp.default(
             *(t if t is None else t.contiguous() for t in (x, p, bias, scale, shift, mode))
         )

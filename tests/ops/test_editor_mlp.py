@@ -20,7 +20,7 @@ from pymend import _lib, reference
 from pymend.ops import editor_mlp as op
 
 WIDE = (torch.float64, torch.float32)
-HALF = (torch.bfloat16, torch.float16)  # run in torch ops
+HALF = (torch.bfloat16, torch.float16)  # run in torch ops where there are gradients
 needs_binary = pytest.mark.skipif(not _lib.has_kernels(), reason="the native module is not built")
 DIFFERENTIABLE = ("x", "v", "u", "bias", "scale", "shift")
 
@@ -148,7 +148,7 @@ def operands(*tensors):
     return kept, place, [*p.shape, 0 if scale is None else len(scale)]
 
 
-def emulate(x, p, bias, scale, shift, mode, **options) -> Tensor:
+def emulate(x, p, bias, scale, shift, mode, alone=False, **options) -> Tensor:
     """The CUDA kernel's own source on fibers."""
     import _emu
 
@@ -191,6 +191,28 @@ def test_layer_and_gradients(backend, name, dtype):
 @pytest.mark.parametrize("name", NAMES)
 def test_half_precision_runs_in_torch_ops(name, dtype):
     assert_right("cpu", samples(dtype)[name])
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_half_precision_without_gradients(backend, name, dtype):
+    """A GPU has a kernel for it, which rounds once."""
+    case = samples(dtype)[name]
+    exact, theirs = (
+        layer(*c.arguments()).detach()
+        for layer, c in ((reference_layer, case.map(Tensor.double)), (op.eager, case))
+    )
+    if backend == "reference":
+        ours = exact.to(dtype)
+    elif backend == "emu":
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(op, "_epilogue", emulate)
+            ours = op.editor_mlp(*case.arguments())
+    else:
+        device = "cuda" if backend == "cuda" else "cpu"
+        moved = replace(case.map(lambda t: t.to(device)), mode=case.mode.to(device))
+        ours = (op.eager if backend == "eager" else op.editor_mlp)(*moved.arguments()).cpu()
+    assert_no_worse_than_eager(ours, theirs, exact, sum(case.x.shape) + len(case.v))
 
 
 @pytest.mark.parametrize("name", NAMES)
