@@ -24,8 +24,8 @@ needs_cuda_build = pytest.mark.skipif(not _lib.has_cuda_kernels(), reason="built
 
 # Registers per thread that a kernel may use, on any architecture; spills and stack frames: none.
 # 65,536 registers over 256 threads: 128 leave room for two blocks, 80 for three. The
-# shared memory of editor_stream leaves room for one block anyway. rank_update_mma has blocks of 128:
-# 168 leave room for three, and the variant that rounds at random takes more.
+# shared memory of editor_stream leaves room for one block anyway. rank_update_mma has blocks of
+# 128 threads: 168 leave room for three, and the variant that rounds at random takes more.
 REGISTERS = {
     "rank_update_kernel": {"d": 128, "*": 80},
     "fidelity_kernel": {"*": 40},
