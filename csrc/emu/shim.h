@@ -16,7 +16,7 @@
 #define __device__
 #define __forceinline__ inline
 #define __grid_constant__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define __syncthreads() pymend::emu::sync_block(__LINE__)
 #define sync_grid(arrived) (static_cast<void>(arrived), pymend::emu::sync_all(__LINE__))
 #define mma_bf16(c, a, b) pymend::emu::mma(c, a, b, __LINE__)
