@@ -75,11 +75,20 @@ namespace pymend {
 constexpr int WARP = 32;
 constexpr unsigned ALL_LANES = 0xFFFFFFFFu;
 
-// 16 bytes, the widest that a thread loads at once.
+// Four neighbours that a thread loads at once, up to 16 bytes; twice 16 of double.
 template <typename T>
-struct alignas(16) Four {
+struct alignas(sizeof(T) < 4 ? 4 * sizeof(T) : 16) Four {
   T of[4];
 };
+
+// Asks for the 32 bytes that a global address lies in to come to L2; nobody waits for them.
+__device__ __forceinline__ void call_for_sector(const void* at) {
+#ifdef __CUDACC__
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
+#else
+  static_cast<void>(at);  // a hint
+#endif
+}
 
 // 16 aligned bytes that nobody reads again: they need not push others out of the caches.
 __device__ __forceinline__ Four<uint32_t> load_once(const void* from) {

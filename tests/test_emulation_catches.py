@@ -34,16 +34,17 @@ class Fault:
 
 
 RANK_UPDATE = "kernels/rank_update.cuh"
+OUTER_TILE = "kernels/outer_tile.cuh"
 EDITOR_STREAM = "kernels/editor_stream.cuh"
 FAULTS = {
     "missing barrier": Fault(
         "rank_update",
-        RANK_UPDATE,
-        "    __syncthreads();\n    if (inside) {",
-        "    if (inside) {",
+        OUTER_TILE,
+        "next_right.put(shared.right[stage]);\n    __syncthreads();",
+        "next_right.put(shared.right[stage]);",
     ),
     "wrong bound": Fault(
-        "rank_update", RANK_UPDATE, "if (row0 + r < m.rows) {", "if (row0 + r <= m.rows) {"
+        "rank_update", OUTER_TILE, "if (i < inside) to[i]", "if (i <= inside) to[i]"
     ),
     "wrong fragment index": Fault(
         "rank_update", RANK_UPDATE, "warp_col + i / 2 * 8 + g", "warp_col + i / 2 * 8 + t"
@@ -56,6 +57,12 @@ FAULTS = {
     ),
 }
 MORE_FAULTS = {
+    "stage of a product overwritten while it is read": Fault(
+        "factored_adam", OUTER_TILE, "    stage ^= 1;", "    stage ^= 0;"
+    ),
+    "first row past the end of a factor": Fault(
+        "factored_adam", OUTER_TILE, "i * STEP < below", "i * STEP <= below"
+    ),
     "next product before this one is added up": Fault(
         "editor_stream",
         EDITOR_STREAM,

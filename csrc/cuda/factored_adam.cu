@@ -12,12 +12,12 @@ void factored_adam(Tensor param, Tensor exp_avg, Tensor exp_avg_sq, Tensor left,
                    double beta1, double beta2, double eps, int64_t step) {
   const FactoredAdam f =
       gather_factored_adam(param, exp_avg, exp_avg_sq, left, right, scale, lr, beta1, beta2, eps, step);
-  const int64_t tiles = AdamTile<BLOCK>::count(f.rows, f.cols);
+  const int64_t tiles = OuterTile<float, BLOCK>::count(f.rows, f.cols);
   if (tiles == 0) return;
   PYMEND_CHECK(tiles <= INT32_MAX, "param makes more tiles than a grid has blocks: ", tiles);
   const DeviceGuard guard(param.get_device_index());
   const auto stream = static_cast<Stream>(current_stream(param.get_device_index()));
-  launch(factored_adam_kernel<BLOCK>, tiles, BLOCK, sizeof(FactoredAdamShared<BLOCK>), stream, f);
+  launch(factored_adam_kernel<BLOCK>, tiles, BLOCK, sizeof(OuterTileShared<float, BLOCK>), stream, f);
   const cudaError_t error = cudaGetLastError();
   PYMEND_CHECK(error == cudaSuccess, "factored_adam could not be launched: ", cudaGetErrorString(error));
 }

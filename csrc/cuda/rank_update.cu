@@ -28,7 +28,7 @@ struct Launcher {
   void add(const RankUpdate<T>& matrix) {
     if (list.count == MAX_MATRICES) run();
     if (few) {
-      append(list, matrix, TILE_ROWS, BLOCK);
+      append(list, matrix, OuterTile<Acc<T>, BLOCK>::ROWS, OuterTile<Acc<T>, BLOCK>::COLS);
     } else {
       append(list, matrix, strip * MmaTile<MMA_BLOCK>::ROWS, MmaTile<MMA_BLOCK>::COLS);
     }

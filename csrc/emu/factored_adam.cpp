@@ -15,7 +15,8 @@ using Operands =
 
 template <int BLOCK>
 void factored_adam_on(const FactoredAdam& f, const Schedule& schedule) {
-  launch(factored_adam_kernel<BLOCK>, AdamTile<BLOCK>::count(f.rows, f.cols), BLOCK, sizeof(FactoredAdamShared<BLOCK>),
+  using Tile = OuterTile<float, BLOCK>;
+  launch(factored_adam_kernel<BLOCK>, Tile::count(f.rows, f.cols), BLOCK, sizeof(OuterTileShared<float, BLOCK>),
          &schedule, f);
 }
 

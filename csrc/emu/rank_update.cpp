@@ -18,10 +18,11 @@ template <typename T, int BLOCK>
 void rank_update_on(const std::vector<Matrix>& matrices, uintptr_t alpha, uintptr_t fidelity, bool random, bool mma,
                     const Schedule& schedule) {
   constexpr int STRIP = 2;
+  using Simt = OuterTile<Acc<T>, BLOCK>;
   RankUpdateList<T> list;
   for (const auto& [weight, row, col, rows, cols, n, seed] : matrices) {
     append(list, {at<T>(weight), at<const Acc<T>>(row), at<const Acc<T>>(col), rows, cols, n, list.count, 0, seed},
-           mma ? STRIP * MmaTile<BLOCK>::ROWS : TILE_ROWS, mma ? MmaTile<BLOCK>::COLS : BLOCK);
+           mma ? STRIP * MmaTile<BLOCK>::ROWS : Simt::ROWS, mma ? MmaTile<BLOCK>::COLS : Simt::COLS);
   }
   std::vector<Kept> partial(list.tiles);
   const auto run = [&](auto* kernel, size_t shared) {

@@ -2,86 +2,73 @@
 //
 // Formula    math/factored_adam.h; Adam (Kingma & Ba 2015) on G = scale * left^T right. Plain SIMT in fp32, for any
 //            number of rows n.
-// Layout     One block per tile of the parameter; a thread owns 4 x 4 elements of it, their rows and columns apart by
-//            the number of threads down and across, and keeps the sums in registers. Both factors are staged in shared
-//            memory DEPTH rows at a time; the parameter and its moments are read and written along the row.
+// Layout     One block per tile of the parameter, its product as in outer_tile.cuh; the parameter and its moments are
+//            called for before the product, and read and written 16 bytes at a time where their rows allow.
 // Bytes      24 per element; per tile also 4 n (rows + columns of the tile) of factors, which stay in L2.
 // Caller     Contiguous operands as in FactoredAdam, none overlapping; blockDim = BLOCK, one block per tile; shared
-//            memory of sizeof(FactoredAdamShared).
+//            memory of sizeof(OuterTileShared<float, BLOCK>).
 #pragma once
 
 #include "device.h"
+#include "kernels/outer_tile.cuh"
 #include "math/factored_adam.h"
 
 namespace pymend {
 
-template <int BLOCK>
-struct AdamTile {
-  static constexpr int EACH = 4;  // rows and columns of a thread
-  static constexpr int DOWN = BLOCK == 256 ? 16 : BLOCK == 64 ? 8 : 4, ACROSS = BLOCK / DOWN;  // threads
-  static constexpr int ROWS = EACH * DOWN, COLS = EACH * ACROSS;                               // elements
+template <int BLOCK, bool WHOLE>
+__device__ __forceinline__ void factored_adam_tile(const FactoredAdam& f, OuterTileShared<float, BLOCK>& shared) {
+  using Tile = OuterTile<float, BLOCK>;
+  constexpr int EACH = Tile::EACH, HALVES = Tile::HALVES;
+  const unsigned tiles_across = static_cast<unsigned>(Tile::across(f.cols));  // no more than a grid has blocks
+  const int64_t row0 = static_cast<int64_t>(blockIdx.x / tiles_across) * Tile::ROWS;
+  const int64_t col0 = static_cast<int64_t>(blockIdx.x % tiles_across) * Tile::COLS;
+  call_for_tile<Tile, BLOCK>(f.param, f.rows, f.cols, row0, col0);
+  call_for_tile<Tile, BLOCK>(f.exp_avg, f.rows, f.cols, row0, col0);
+  call_for_tile<Tile, BLOCK>(f.exp_avg_sq, f.rows, f.cols, row0, col0);
 
-  PYMEND_INLINE static int64_t across(int64_t cols) { return (cols + COLS - 1) / COLS; }
-  PYMEND_INLINE static int64_t count(int64_t rows, int64_t cols) { return (rows + ROWS - 1) / ROWS * across(cols); }
-};
+  float sum[EACH][EACH] = {};
+  outer_tile<BLOCK, WHOLE>(f.left, f.right, f.rows, f.cols, f.n, row0, col0, shared, sum);
 
-template <int BLOCK>
-struct FactoredAdamShared {
-  static constexpr int DEPTH = 16;  // 8 KiB for 256 threads
-  float left[DEPTH][AdamTile<BLOCK>::ROWS];
-  float right[DEPTH][AdamTile<BLOCK>::COLS];
-};
-
-// Rows k0 to k0 + depth of columns [begin, begin + WIDTH) of a factor [n, size]; past the end: 0.
-template <int BLOCK, int WIDTH>
-__device__ __forceinline__ void stage(float (*shared)[WIDTH], const float* factor, int64_t k0, int depth, int64_t begin,
-                                      int64_t size) {
-  for (int i = threadIdx.x; i < depth * WIDTH; i += BLOCK) {
-    const int64_t at = begin + i % WIDTH;
-    shared[i / WIDTH][i % WIDTH] = at < size ? factor[(k0 + i / WIDTH) * size + at] : 0.0f;
+  const float scale = *f.scale;
+  int inside[HALVES];
+#pragma unroll
+  for (int half = 0; half < HALVES; ++half) inside[half] = columns_inside(col0 + Tile::col(half), f.cols);
+#pragma unroll
+  for (int r = 0; r < EACH; ++r) {
+    const int64_t row = row0 + Tile::row(r / 4) + r % 4, at = row * f.cols + col0 + Tile::col(0);
+    if (row < f.rows) {
+      Four<float> param[HALVES], exp_avg[HALVES], exp_avg_sq[HALVES];  // all on their way before the first is needed
+#pragma unroll
+      for (int half = 0; half < HALVES; ++half) {
+        const int64_t place = at + half * Tile::APART;
+        param[half] = load_group<WHOLE>(f.param + place, inside[half]);
+        exp_avg[half] = load_group<WHOLE>(f.exp_avg + place, inside[half]);
+        exp_avg_sq[half] = load_group<WHOLE>(f.exp_avg_sq + place, inside[half]);
+      }
+#pragma unroll
+      for (int half = 0; half < HALVES; ++half) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          adam_element(f.step, scale * sum[r][4 * half + i], param[half].of[i], exp_avg[half].of[i],
+                       exp_avg_sq[half].of[i]);
+        }
+        const int64_t place = at + half * Tile::APART;
+        store_group<WHOLE>(f.param + place, inside[half], param[half]);
+        store_group<WHOLE>(f.exp_avg + place, inside[half], exp_avg[half]);
+        store_group<WHOLE>(f.exp_avg_sq + place, inside[half], exp_avg_sq[half]);
+      }
+    }
   }
 }
 
 template <int BLOCK>
-__global__ void factored_adam_kernel(const __grid_constant__ FactoredAdam f) {
-  using Tile = AdamTile<BLOCK>;
-  constexpr int EACH = Tile::EACH, DEPTH = FactoredAdamShared<BLOCK>::DEPTH;
-  auto& shared = shared_memory<FactoredAdamShared<BLOCK>>();
-  const int64_t tile = blockIdx.x;
-  const int64_t row0 = tile / Tile::across(f.cols) * Tile::ROWS, col0 = tile % Tile::across(f.cols) * Tile::COLS;
-  const int row = threadIdx.x / Tile::ACROSS, col = threadIdx.x % Tile::ACROSS;
-
-  float sum[EACH][EACH] = {};
-  for (int64_t k0 = 0; k0 < f.n; k0 += DEPTH) {
-    const int depth = f.n - k0 < DEPTH ? static_cast<int>(f.n - k0) : DEPTH;
-    __syncthreads();  // the previous stage has been read
-    stage<BLOCK>(shared.left, f.left, k0, depth, row0, f.rows);
-    stage<BLOCK>(shared.right, f.right, k0, depth, col0, f.cols);
-    __syncthreads();
-    for (int k = 0; k < depth; ++k) {
-      float x[EACH];
-#pragma unroll
-      for (int c = 0; c < EACH; ++c) x[c] = shared.right[k][col + c * Tile::ACROSS];
-#pragma unroll
-      for (int r = 0; r < EACH; ++r) {
-        const float y = shared.left[k][row + r * Tile::DOWN];
-#pragma unroll
-        for (int c = 0; c < EACH; ++c) sum[r][c] += y * x[c];
-      }
-    }
-  }
-
-  const float scale = *f.scale;
-#pragma unroll
-  for (int r = 0; r < EACH; ++r) {
-#pragma unroll
-    for (int c = 0; c < EACH; ++c) {
-      const int64_t i = row0 + row + r * Tile::DOWN, j = col0 + col + c * Tile::ACROSS;
-      if (i < f.rows && j < f.cols) {
-        const int64_t at = i * f.cols + j;
-        adam_element(f.step, scale * sum[r][c], f.param[at], f.exp_avg[at], f.exp_avg_sq[at]);
-      }
-    }
+__global__ void __launch_bounds__(BLOCK, 2) factored_adam_kernel(const __grid_constant__ FactoredAdam f) {
+  auto& shared = shared_memory<OuterTileShared<float, BLOCK>>();
+  if (groups_are_whole(f.left, f.rows) && groups_are_whole(f.right, f.cols) && groups_are_whole(f.param, f.cols) &&
+      groups_are_whole(f.exp_avg, f.cols) && groups_are_whole(f.exp_avg_sq, f.cols)) {
+    factored_adam_tile<BLOCK, true>(f, shared);
+  } else {
+    factored_adam_tile<BLOCK, false>(f, shared);
   }
 }
 

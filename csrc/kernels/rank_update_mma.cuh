@@ -124,7 +124,7 @@ __device__ __forceinline__ T element(const Four<uint32_t>& words, int i) {
 template <bool RANDOM, typename T>
 __device__ __forceinline__ void update_eight(T* to, int inside, bool whole, const Four<uint32_t>& before,
                                              const float (&wanted)[8], uint64_t seed, int64_t position,
-                                             ScaledKept& kept) {
+                                             ThreadKept<float>& kept) {
   if (inside <= 0) return;
   Four<uint32_t> words = {};
 #pragma unroll
@@ -209,7 +209,7 @@ __global__ void __launch_bounds__(BLOCK, (RANDOM ? 256 : 384) / BLOCK)
       float largest = 0;
 #pragma unroll
       for (int i = 0; i < 64; ++i) largest = fmaxf(largest, fabsf(sum[i / 32][i / 4 % 8][i % 4]));
-      ScaledKept own(step * largest);
+      ThreadKept<float> own(fabsf(step) * largest);
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         float wanted[8];  // two from each of four products
@@ -224,7 +224,7 @@ __global__ void __launch_bounds__(BLOCK, (RANDOM ? 256 : 384) / BLOCK)
           before[i] = load_eight(at + Tile::ROWS * m.cols, Tile::ROWS + i / 2 * 8 < down ? inside : 0, whole);
         }
       }
-      own.add_to(kept);
+      kept.add(own.kept());
       weight += Tile::ROWS * m.cols;
       of_rows += Tile::ROWS / UNIT * steps * PARTS * WARP;
       down -= Tile::ROWS;

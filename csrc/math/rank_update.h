@@ -29,31 +29,35 @@ struct Kept {
   PYMEND_INLINE double fidelity() const { return wanted > 0 ? along / wanted : 1.0; }
 };
 
-// The same sums in float, for a few elements at a time, of numbers scaled by a power of two so that the squares of the
-// largest neither overflow nor vanish. What is applied may be twice as large; at random, 2^16 times.
-struct ScaledKept {
-  float scale, inverse;
-  float along = 0, wanted = 0;
+// Kept of a few elements, in float: on a GPU, to make doubles of all would take as long as a product of many rows.
+// `wanted` is scaled by the power of two that brings the largest near 1, so that no square leaves the range of a float.
+template <typename T>
+struct ThreadKept {
+  float along = 0, wanted = 0, scale, back;  // scale * back = 1
 
-  // `largest`: of the wanted changes, of either sign.
-  PYMEND_INLINE explicit ScaledKept(float largest) {
-    uint32_t exponent = to_bits(largest) & 0x7F800000u;
-    if (exponent < (1u << 23)) exponent = 1u << 23;
-    if (exponent > (253u << 23)) exponent = 253u << 23;
-    scale = from_bits(exponent);
-    inverse = from_bits((254u << 23) - exponent);
+  PYMEND_INLINE explicit ThreadKept(float largest) {
+    const uint32_t exponent = to_bits(largest) >> 23;
+    const uint32_t near = exponent < 1 ? 1 : exponent > 253 ? 253 : exponent;  // scale and back are normal numbers
+    scale = from_bits((254 - near) << 23);
+    back = from_bits(near << 23);
   }
   PYMEND_INLINE void add(float applied_, float wanted_) {
-    applied_ *= inverse;
-    wanted_ *= inverse;
-    along += applied_ * wanted_;
-    wanted += wanted_ * wanted_;
+    const float scaled = wanted_ * scale;
+    along += applied_ * scaled;
+    wanted += scaled * scaled;
   }
-  PYMEND_INLINE void add_to(Kept& kept) const {
-    const double square = static_cast<double>(scale) * scale;
-    kept.along += along * square;
-    kept.wanted += wanted * square;
+  PYMEND_INLINE Kept kept() const {
+    const double unit = back;
+    return {along * unit, wanted * unit * unit};
   }
+};
+template <>
+struct ThreadKept<double> {
+  Kept sums;
+
+  PYMEND_INLINE explicit ThreadKept(double) {}
+  PYMEND_INLINE void add(double applied, double wanted) { sums.add(applied, wanted); }
+  PYMEND_INLINE Kept kept() const { return sums; }
 };
 
 // Adds `wanted` to the weight at `position` of its matrix with one rounding; returns what was really added.
