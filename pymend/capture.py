@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.linalg import vector_norm
 
 from pymend.models import EditedWeight, weight_of
 
 HALF_SCALE = 2.0**10  # keeps small float16 deltas above underflow; a power of two, so exact
-DEAD, LIVE, NOT_FINITE = 0, 1, 2  # what a captured row can be
 
 
 class NonFiniteError(ValueError):
@@ -72,37 +72,43 @@ class Tape:
         rows = {}
         for w in self.weights:
             # A module called several times contributes the rows of all its calls.
-            u = torch.cat([_episodes(x, episodes) for x in self._inputs[w.name]], 1)
-            delta = torch.cat([_episodes(next(grads), episodes) for _ in self._probes[w.name]], 1)
-            rows[w.name] = u, delta / scale
-        states = [_state(u, delta) for u, delta in rows.values()]
-        on_host = torch.cat([x.flatten() for x in states]).cpu().split([x.numel() for x in states])
-        captured = {}
-        for (name, (u, delta)), state in zip(rows.items(), on_host, strict=True):
-            if (state == NOT_FINITE).any():
-                raise NonFiniteError(
-                    f"the gradients of {name} are not finite: the model's own output is not, or "
-                    "its precision overflows; try float32"
-                )
-            mask = state == LIVE
-            counts = mask.view(episodes, -1).sum(1).tolist()
-            index = mask.nonzero()[:, 0].to(u.device)
-            captured[name] = Factors(
-                u.flatten(0, 1)[index], delta.flatten(0, 1)[index], tuple(counts)
+            u = _rows(self._inputs[w.name], episodes)
+            delta = _rows([next(grads) for _ in self._probes[w.name]], episodes)
+            rows[w.name] = u, delta if scale == 1 else delta / scale
+        # Zero only if every element is, finite only if every element is: all are read back at once.
+        norms = [
+            [vector_norm(x.detach(), 1, -1) for x in side]
+            for side in zip(*rows.values(), strict=True)
+        ]
+        on_host = torch.stack([torch.cat(side) for side in norms]).cpu()  # [2, rows of all weights]
+        lengths = [len(u) for u, _ in rows.values()]
+        live = (on_host != 0).all(0)
+        broken = live & ~on_host.isfinite().all(0)
+        if broken.any():
+            parts = zip(rows, broken.split(lengths), strict=True)
+            raise NonFiniteError(
+                f"the gradients of {next(name for name, part in parts if part.any())} are not "
+                "finite: the model's own output is not, or its precision overflows; try float32"
             )
+        masks = live.split(lengths)
+        counts = [mask.view(episodes, -1).sum(1).tolist() for mask in masks]
+        kept = torch.cat([mask.nonzero()[:, 0] for mask in masks])
+        indices = kept.to(norms[0][0].device, non_blocking=True).split([sum(c) for c in counts])
+        captured = {}
+        for (name, (u, delta)), index, count in zip(rows.items(), indices, counts, strict=True):
+            captured[name] = Factors(u[index], delta[index], tuple(count))
         return captured
 
 
-def _state(u: Tensor, delta: Tensor) -> Tensor:
-    """Which of DEAD, LIVE and NOT_FINITE each row is, int8."""
-    live = (u != 0).any(-1) & (delta != 0).any(-1)
-    finite = (u.sum(-1) + delta.sum(-1)).isfinite()
-    return torch.where(live, torch.where(finite, LIVE, NOT_FINITE), DEAD).char()
+def _rows(parts: Sequence[Tensor], episodes: int) -> Tensor:
+    """[batch, tokens, n] or [batch * tokens, n] of each call -> [rows, n], episode by episode.
 
-
-def _episodes(x: Tensor, episodes: int) -> Tensor:
-    """[batch, tokens, n] or [batch * tokens, n] -> [episodes, rows, n], at least float32."""
-    return x.reshape(episodes, -1, x.shape[-1]).to(torch.promote_types(x.dtype, torch.float32))
+    At least float32.
+    """
+    wide = torch.promote_types(parts[0].dtype, torch.float32)
+    parts = [x.reshape(episodes, -1, x.shape[-1]) for x in parts]
+    joined = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+    return joined.flatten(0, 1).to(wide)
 
 
 @contextmanager

@@ -325,10 +325,12 @@ class Edit:
         Raises:
             NonFiniteError: names the weight.
         """
-        for name, f in self.factors.items():
-            # A sum is finite only if every element is; no mask, no copy.
-            total = f.u.detach().sum() + f.delta.detach().sum() + f.alpha.detach()
-            if not torch.isfinite(total):
+        tensors = [t.detach() for f in self.factors.values() for t in (f.u, f.delta, f.alpha)]
+        # A sum of magnitudes is finite only if every element is; all are read back at once.
+        totals = torch.stack([x.to(tensors[0].device) for x in torch._foreach_norm(tensors, 1)])
+        finite = totals.isfinite().view(-1, 3).tolist()
+        for name, parts in zip(self.factors, finite, strict=True):
+            if not all(parts):
                 raise NonFiniteError(
                     f"the factors of {name} are not finite; compute the edit again"
                 )

@@ -58,7 +58,9 @@ def mean_per_row(values: Tensor, row: Tensor, rows: int) -> Tensor:
 def mean_of_seen(values: Tensor, target: Tensor, row: Tensor, rows: int) -> Tensor:
     """:func:`mean_per_row` over the positions whose target is not IGNORE."""
     seen = target != IGNORE
-    return mean_per_row(values[seen], row[seen], rows)
+    # Picking them by a mask would make the host wait for a GPU.
+    total = values.new_zeros(rows).index_add(0, row, values.where(seen, 0))
+    return total / values.new_zeros(rows).index_add(0, row, seen.to(values.dtype))
 
 
 def hits_rows(best: Tensor, target: Tensor, row: Tensor, rows: int) -> Tensor:

@@ -19,8 +19,8 @@ from pymend.edit import Edit, LowRank
 from pymend.editor import Editor
 from pymend.models import EditedWeight
 from pymend.replay import Replay
-from pymend.tokens import Row
-from pymend.trainable import Trainable, edit_gradient, stacked
+from pymend.tokens import Row, stacked
+from pymend.trainable import Trainable, edit_gradient
 
 
 class Mend(Trainable):

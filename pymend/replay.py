@@ -15,12 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from pymend.losses import LabelRows, class_logits
 from pymend.models import EditedWeight, forwards, is_plain, lowest_block, stacks
-from pymend.tokens import Batch, Row
+from pymend.tokens import Batch, Row, stacked
 
 PASS_TOKENS = 64  # padding that costs about as much as another pass
 GROUP_TOKENS = 2048  # tokens of one prefix pass; more gains nothing, and memory grows
@@ -120,7 +119,7 @@ class Replay:
         # T5's first block also makes the position bias, which later ones are handed: it runs live.
         self._live = int(len(per_row) < len(tensors))
         for i, ids in enumerate(group):
-            self._states[ids] = [leaves[j][i, : len(ids)].clone() for j in per_row]
+            self._states[ids] = [leaves[j][i, : len(ids)] for j in per_row]
 
     def label_rows(self, batch: Batch) -> LabelRows:
         """The model at the label positions of ``batch``, up to its head if the head is plain.
@@ -148,8 +147,9 @@ class Replay:
         """The blocks below the cut return the states of the rows of ``batch``."""
         assert self.blocks is not None and self._shape is not None
         leaves, spec, per_row = self._shape
+        prefixes = [row.prefix for row in batch.rows]
         states = {
-            j: pad_sequence([self._states[row.prefix][k] for row in batch.rows], batch_first=True)
+            j: stacked(torch.cat([self._states[ids][k] for ids in prefixes]), [*map(len, prefixes)])
             for k, j in enumerate(per_row)
         }
         record = tree_unflatten([states.get(j, x) for j, x in enumerate(leaves)], spec)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pymend.config import EditRequest, Probe
@@ -121,9 +122,11 @@ class Batch:
             for i, r in enumerate(rows)
             for t, y in zip(r.positions(), r.targets(), strict=True)
         ]
-        row, position, target = torch.tensor(labels, dtype=torch.long).reshape(-1, 3).unbind(1)
-        on_device = {name: x.to(device) for name, x in inputs.items()}
-        return cls(tuple(rows), on_device, row.to(device), position.to(device), target.to(device))
+        table = torch.tensor(labels, dtype=torch.long).reshape(-1, 3).t().contiguous()
+        # No copy waits for what a GPU is doing.
+        row, position, target = table.to(device, non_blocking=True).unbind()
+        on_device = {name: x.to(device, non_blocking=True) for name, x in inputs.items()}
+        return cls(tuple(rows), on_device, row, position, target)
 
 
 def _padded(rows: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
@@ -133,6 +136,19 @@ def _padded(rows: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
     ids = torch.tensor([[*r, *[0] * (width - len(r))] for r in rows])
     length = torch.tensor([len(r) for r in rows])
     return ids, (torch.arange(width) < length[:, None]).long()
+
+
+def stacked(rows: Tensor, counts: Sequence[int]) -> Tensor:
+    """Flat rows [n, .] of several texts or edits as [counts, rows, .], zero rows behind short ones.
+
+    A copy for each of them would be as many launches on a GPU.
+    """
+    if len(set(counts)) == 1:
+        return rows.view(len(counts), counts[0], rows.shape[1])
+    length, place = torch.tensor(counts)[:, None], torch.arange(max(counts))
+    index = torch.where(place < length, length.cumsum(0) - length + place, len(rows))
+    chosen = index.flatten().to(rows.device, non_blocking=True)
+    return F.pad(rows, (0, 0, 0, 1)).index_select(0, chosen).view(*index.shape, rows.shape[1])
 
 
 class Encoder:

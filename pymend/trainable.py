@@ -15,7 +15,6 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from pymend.algorithm import Algorithm, AnyEdit
 from pymend.capture import Factors, capture
@@ -252,11 +251,6 @@ def edit_gradient(
         look = replay.label_rows(batch).losses(batch.target, second_order=second_order)
         means = mean_of_seen(look.nll, batch.target, batch.row // size, len(rows) // size)
         return tape.backward(means.sum(), episodes), look.best
-
-
-def stacked(rows: Tensor, counts: Sequence[int]) -> Tensor:
-    """Flat rows [n, .] of several edits as [episodes, rows, .], zero rows behind short ones."""
-    return pad_sequence(list(rows.split(list(counts))), batch_first=True)
 
 
 def load_state(module: nn.Module, tensors: Mapping[str, Tensor], where: Path) -> None:

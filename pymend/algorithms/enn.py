@@ -19,8 +19,8 @@ from pymend.edit import Edit, LowRank, Outcome
 from pymend.losses import LabelRows, mean_per_row
 from pymend.models import EditedWeight
 from pymend.replay import Replay
-from pymend.tokens import Batch, Row
-from pymend.trainable import Trainable, edit_gradient, stacked
+from pymend.tokens import Batch, Row, stacked
+from pymend.trainable import Trainable, edit_gradient
 
 
 class EnnEditor(nn.Module):

@@ -24,8 +24,8 @@ from pymend.config import KeConfig
 from pymend.edit import Edit, LowRank
 from pymend.models import EditedWeight
 from pymend.replay import Replay
-from pymend.tokens import Row
-from pymend.trainable import Trainable, edit_gradient, stacked
+from pymend.tokens import Row, stacked
+from pymend.trainable import Trainable, edit_gradient
 
 BECOMES, IN = 0, 1  # the two separators among the marks; classes follow
 

@@ -80,9 +80,9 @@ class Editor(nn.Module):
             counts = [int(p[2][e]) for e in range(len(parts[0][2])) for p in parts]
             us, deltas = [p[0] for p in parts], [p[1] for p in parts]
             modes = [w.mode for w in weights]
-            device = us[0].device
-            order = torch.tensor(modes * (len(counts) // len(modes)), device=device)
-            mode = torch.repeat_interleave(order, torch.tensor(counts, device=device))
+            order = torch.tensor(modes * (len(counts) // len(modes)))
+            mode = torch.repeat_interleave(order, torch.tensor(counts))
+            mode = mode.to(us[0].device, non_blocking=True)
             u, delta = self.nets[key](us, deltas, counts, mode, merge)
             us, deltas = u.split(counts), delta.split(counts)
             for i, name in enumerate(names):

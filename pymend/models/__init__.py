@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import nn
@@ -191,14 +191,16 @@ def frozen(model: nn.Module) -> Iterator[None]:
     Inference mode is lifted, since capture differentiates; whether gradients are recorded is not.
     """
     recording = torch.is_grad_enabled()
-    training = [m for m in model.modules() if m.training]
-    wanted = [p for p in model.parameters() if p.requires_grad]
+    modules = list(model.modules())
+    training = [m for m in modules if m.training]
+    parameters = (p for m in modules for p in m._parameters.values())  # one walk of the model
+    wanted = [p for p in parameters if p is not None and p.requires_grad]
     try:
         for module in training:
             module.training = False
         for parameter in wanted:
             parameter.requires_grad_(False)
-        fast = forwards(_frozen_layers(model))
+        fast = forwards(_frozen_layers(modules))
         with torch.inference_mode(False), torch.set_grad_enabled(recording), fast:
             yield
     finally:
@@ -208,15 +210,16 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _frozen_layers(model: nn.Module) -> dict[nn.Module, Callable[..., Any]]:
-    """Another way to compute each plain linear layer; subclasses and wrapped ones stay as is."""
+def _frozen_layers(modules: Sequence[nn.Module]) -> dict[nn.Module, Callable[..., Any]]:
+    """Another way on a CPU to compute plain linear layers; subclasses and wrapped ones stay."""
+    ways: dict[type, Callable[..., Any]] = {nn.Linear: _linear, Conv1D: _conv1d}
     layers: dict[nn.Module, Callable[..., Any]] = {}
-    for module in model.modules():
-        if "forward" not in vars(module):
-            if type(module) is nn.Linear:
-                layers[module] = partial(_linear, module)
-            elif type(module) is Conv1D:
-                layers[module] = partial(_conv1d, module)
+    for module in modules:
+        way = ways.get(type(module))
+        if way is None or "forward" in vars(module):
+            continue
+        if cast(torch.Tensor, module.weight).device.type == "cpu":
+            layers[module] = partial(way, module)
     return layers
 
 

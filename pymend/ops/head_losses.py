@@ -6,6 +6,7 @@ the head, its losses are taken, and all that is kept of it are rows as wide as t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -129,7 +130,9 @@ def _in_chunks(
         strict=True,
     )
     done = [_chunk(h, weight, bias, t, b, differentiate) for h, t, b in chunks]
-    joined: list[Any] = [None if x[0] is None else torch.cat(x) for x in zip(*done, strict=True)]
+    joined: Sequence[Any] = done[0]
+    if count > 1:
+        joined = [None if x[0] is None else torch.cat(x) for x in zip(*done, strict=True)]
     return TokenLosses(*joined[:4]), joined[4], joined[5]
 
 

@@ -107,22 +107,24 @@ class EditorOptimizer:
             self.steps[i] = self.steps.get(i, 0) + 1
             if i not in self.moments:
                 self.moments[i] = (torch.zeros_like(p), torch.zeros_like(p))
+        device = self.parameters[0].device
+        clip = torch.tensor(scale).to(device, non_blocking=True)
         for i, (left, right) in factored.items():
             p, rate = self.parameters[i], self.rates[i] * factor
-            clip = torch.tensor(scale, device=p.device)
             factored_adam(p, *self.moments[i], left, right, clip, lr=rate, step=self.steps[i])
         if scale < 1 and dense:
             torch._foreach_mul_(list(dense.values()), scale)
         for rate in dict.fromkeys(self.rates):
             members = [i for i in dense if self.rates[i] == rate]
+            # They count on from the steps before this one.
+            steps = torch.tensor([self.steps[i] - 1.0 for i in members])
             adam(
                 [self.parameters[i] for i in members],
                 [dense[i] for i in members],
                 [self.moments[i][0] for i in members],
                 [self.moments[i][1] for i in members],
                 [],
-                # It counts on from the steps before this one.
-                [torch.tensor(self.steps[i] - 1.0, device=dense[i].device) for i in members],
+                list(steps.to(device, non_blocking=True).unbind()),
                 fused=True,
                 amsgrad=False,
                 beta1=0.9,
