@@ -290,6 +290,6 @@ def compiled(run: Run) -> None:
         [
             partial(case, run, device, model, rows, "bfloat16", COMPILED)
             for rows in FIRST
-            for model in ("GPT-2 small", "GPT-J 6B")
+            for model in ("GPT-J 6B", "GPT-2 small")
         ],
     )
