@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pymend.config import EditRequest, Probe
@@ -146,9 +145,11 @@ def stacked(rows: Tensor, counts: Sequence[int]) -> Tensor:
     if len(set(counts)) == 1:
         return rows.view(len(counts), counts[0], rows.shape[1])
     length, place = torch.tensor(counts)[:, None], torch.arange(max(counts))
-    index = torch.where(place < length, length.cumsum(0) - length + place, len(rows))
-    chosen = index.flatten().to(rows.device, non_blocking=True)
-    return F.pad(rows, (0, 0, 0, 1)).index_select(0, chosen).view(*index.shape, rows.shape[1])
+    behind = place >= length
+    index = (length.cumsum(0) - length + place).masked_fill(behind, 0).flatten()
+    index, behind = (x.to(rows.device, non_blocking=True) for x in (index, behind))
+    padded = rows.index_select(0, index).view(*behind.shape, rows.shape[1])
+    return padded.masked_fill(behind[..., None], 0)
 
 
 class Encoder:
