@@ -31,7 +31,9 @@ _MEASURED = {
     ("editor_mlp", "cpu"),
     ("factored_adam", "cpu"),
     ("moments", "cpu"),
+    ("moments", "cuda"),
     ("rank_update", "cpu"),
+    ("rank_update", "cuda"),
     ("token_losses", "cpu"),
 }
 _warned = False

@@ -51,7 +51,7 @@ ROOMS = {
     "math/": ("math/",),
     "kernels/": ("device.h", "kernels/", "math/"),
     "device.h": ("cuda_runtime.h", "emu/shim.h"),
-    "torch_glue.h": ("torch/csrc/stable/", "torch/headeronly/", "math/"),
+    "torch_glue.h": ("torch/csrc/stable/", "torch/headeronly/", "dlfcn.h", "math/"),
     "glue/": ("torch_glue.h", "math/"),
     "cuda/": ("torch_glue.h", "glue/", "device.h", "kernels/", "math/"),
     "cpu/": ("torch_glue.h", "glue/", "math/", "cpu/"),

@@ -34,6 +34,7 @@ class Fault:
 
 
 RANK_UPDATE = "kernels/rank_update.cuh"
+RANK_UPDATE_MMA = "kernels/rank_update_mma.cuh"
 OUTER_TILE = "kernels/outer_tile.cuh"
 EDITOR_STREAM = "kernels/editor_stream.cuh"
 FAULTS = {
@@ -47,7 +48,7 @@ FAULTS = {
         "rank_update", OUTER_TILE, "if (i < inside) to[i]", "if (i <= inside) to[i]"
     ),
     "wrong fragment index": Fault(
-        "rank_update", RANK_UPDATE, "warp_col + i / 2 * 8 + g", "warp_col + i / 2 * 8 + t"
+        "rank_update", RANK_UPDATE_MMA, "/ 2 * 32 + g / 2 * 8", "/ 2 * 32 + t / 2 * 8"
     ),
     "missing barrier of the grid": Fault(
         "editor_stream",
@@ -81,22 +82,16 @@ MORE_FAULTS = {
         "units * (blockIdx.x + 1) / gridDim.x",
         "units / gridDim.x * (blockIdx.x + 1)",
     ),
-    "stage read before it is whole": Fault(
-        "rank_update",
-        RANK_UPDATE,
-        "shared.factors.col);\n    __syncthreads();",
-        "shared.factors.col);",
+    "weights of the next tile not read ahead": Fault(
+        "rank_update", RANK_UPDATE_MMA, "if (turn + 1 < strip) {", "if (turn + 2 < strip) {"
     ),
-    "stage overwritten while it is read": Fault(
-        "rank_update",
-        RANK_UPDATE,
-        "    __syncthreads();  // the previous stage has been read\n",
-        "",
+    "factors of the former tile": Fault(
+        "rank_update", RANK_UPDATE_MMA, "      of_rows += Tile::ROWS / UNIT", "      of_rows += 0"
     ),
     "low parts forgotten": Fault(
         "rank_update",
-        RANK_UPDATE,
-        "mma_bf16(sum[i / 4][i % 4], a[0][i / 4], b[1][i % 4]);",
+        RANK_UPDATE_MMA,
+        "mma_bf16(c, a[i / 2][0].of, low);",
         "",
     ),
     "tile of the wrong matrix": Fault(

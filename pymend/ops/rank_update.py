@@ -6,7 +6,6 @@ at random, up or down so that the expected value is exact.
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -19,6 +18,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SEEDED = (torch.bfloat16, torch.float16)  # can be rounded at random
 MASK = 2**32 - 1
 BLOCK_ROWS = 64  # of a weight, updated together in eager(): the temporaries stay in the cache
+FASTER_ROWS = 32  # of factors, up to which the CUDA kernel has been measured to win over torch
 
 
 def rank_update(
@@ -187,8 +187,10 @@ def _run(
     seeds: Sequence[int] = (),
 ) -> Tensor:
     """One device and one dtype. On a CPU float64, which nobody is in a hurry for, is torch's."""
-    wide_on_cpu = weights[0].dtype == torch.float64 and weights[0].device.type == "cpu"
-    if wide_on_cpu or not _lib.use_kernel("rank_update", weights[0].device):
+    device, rows = weights[0].device, max(len(x) for x in u)
+    wide_on_cpu = weights[0].dtype == torch.float64 and device.type == "cpu"
+    slower = device.type == "cuda" and rows > FASTER_ROWS and _lib.gate() != "all"
+    if wide_on_cpu or slower or not _lib.use_kernel("rank_update", device):
         return eager(weights, u, delta, alpha, flags, seeds)
     return torch.ops.pymend.rank_update.default(weights, u, delta, alpha, flags, list(seeds))
 
@@ -291,14 +293,12 @@ def _check_finite(
 ) -> None:
     """Refuse non-finite operands, and updates that may leave the range of a weight's dtype.
 
-    The bound, |alpha| * sum_r max|delta_r| max|u_r|, costs a pass over the factors only.
+    The bound, |alpha| * sum_r max|delta_r| max|u_r|, costs a pass over the factors only, and a GPU is
+    waited for once.
     """
-    for i, weight in enumerate(weights):
-        if not (u[i].numel() and delta[i].numel() and alpha[i].isfinite()):
-            bound = 0.0 if alpha[i].isfinite() else math.nan
-        else:
-            largest = [t.abs().amax(dim=1).double() for t in (u[i], delta[i])]
-            bound = abs(alpha[i].item()) * (largest[0] @ largest[1]).item()
+    reach = [_reach(*pair).to(alpha.device) for pair in zip(u, delta, strict=True)]
+    bounds = (alpha.abs().double() * torch.stack(reach)).tolist() if reach else []
+    for i, (weight, bound) in enumerate(zip(weights, bounds, strict=True)):
         limit = torch.finfo(weight.dtype).max
         if bound <= limit:
             continue
@@ -307,6 +307,13 @@ def _check_finite(
             f"the update of weights[{i}] may leave the range of {weight.dtype}: an element "
             f"may change by up to {bound:.3g}, the largest value is {limit:.3g}"
         )
+
+
+def _reach(u: Tensor, delta: Tensor) -> Tensor:
+    """sum_r max|delta_r| max|u_r|, a double."""
+    if not (u.numel() and delta.numel()):
+        return u.new_zeros((), dtype=torch.float64)
+    return u.abs().amax(dim=1).double() @ delta.abs().amax(dim=1).double()
 
 
 def refuse_non_finite(i: int, u: Tensor, delta: Tensor, alpha: Tensor) -> None:
