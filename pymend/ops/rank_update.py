@@ -293,7 +293,7 @@ def _check_finite(
 ) -> None:
     """Refuse non-finite operands, and updates that may leave the range of a weight's dtype.
 
-    The bound, |alpha| * sum_r max|delta_r| max|u_r|, costs a pass over the factors only, and a GPU is
+    The bound, |alpha| * sum_r max|delta_r| max|u_r|, costs a pass over the factors only; a GPU is
     waited for once.
     """
     reach = [_reach(*pair).to(alpha.device) for pair in zip(u, delta, strict=True)]
