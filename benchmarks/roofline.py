@@ -16,6 +16,7 @@ from typing import Any
 
 PREDICTIONS = Path(__file__).with_name("predictions.json")
 NOT_YET = "not yet run on a GPU"
+NOT_HERE = "not measured in this run"
 REHEARSAL = "REHEARSAL on a CPU at tiny sizes: nothing here is a measurement."
 NO_RUN = {"rehearsal": False, "stages": {}}
 OURS = ("F ours graph", "E ours")
@@ -161,7 +162,7 @@ def goals(results: Results) -> list[Row]:
             if not results["rehearsal"]:
                 reached = f"{value:.3g} {goal['unit']}, {_grade(goal, value)}"
         except LookupError:
-            reached = NOT_YET
+            reached = NOT_HERE if results["stages"] else NOT_YET
         row = {"goal": goal["id"], "what": goal["what"], "unit": goal["unit"]}
         row |= {key: goal[key] for key in ("must", "target", "stretch")}
         table.append({**row, "predicted": _range(goal["predicted"]), "reached": reached})
@@ -251,6 +252,7 @@ def _note(stage: Mapping[str, Any]) -> str:
 def plot(results: Results, path: Path) -> bool:
     """FLOP/s over FLOP/byte below the measured roofs; False: no matplotlib, or no roof."""
     try:
+        from matplotlib import colormaps
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
@@ -261,19 +263,22 @@ def plot(results: Results, path: Path) -> bool:
     figure = Figure(figsize=(9, 6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    intensity = [2.0**i for i in range(-4, 13)]
+    intensity = [2.0**i for i in range(-1, 12)]
     for name in ("bfloat16", "tf32", "float32"):
         roof = [min(ceilings["copy"] * x, ceilings[name]) for x in intensity]
         axes.plot(intensity, roof, linewidth=1, label=f"roof, {name}")
-    rows = [r for stage in ("edit", "ops") for r in rows_of(results, stage)]
-    for rival in dict.fromkeys(row["rival"] for row in rows):
-        mine = [row for row in rows if row["rival"] == rival]
-        axes.scatter(
-            [row["flops"] / row["bytes"] for row in mine],
-            [row["flops"] / row["seconds"] for row in mine],
-            s=14 if "ours" in rival else 6,
-            label=rival,
-        )
+    for stage, marker, palette in (("edit", "o", "tab10"), ("ops", "^", "Dark2")):
+        rows = rows_of(results, stage)
+        for i, rival in enumerate(dict.fromkeys(row["rival"] for row in rows)):
+            mine = [row for row in rows if row["rival"] == rival]
+            axes.scatter(
+                [row["flops"] / row["bytes"] for row in mine],
+                [row["flops"] / row["seconds"] for row in mine],
+                s=24 if "ours" in rival else 8,
+                marker=marker,
+                color=colormaps[palette](i),
+                label=f"{stage}: {rival}",
+            )
     axes.set(xscale="log", yscale="log", xlabel="FLOP per byte, at least", ylabel="FLOP/s")
     device = results["stages"]["manifest"].get("device", "")
     axes.set_title(REHEARSAL if results["rehearsal"] else f"{device}, cold L2")

@@ -66,7 +66,7 @@ def test_the_report_says_that_it_measured_nothing(rehearsed):
     for line in goals:
         there = "moments" not in line or "moments" in gpu_ops.present()
         there &= "factored_adam" not in line or "factored_adam" in gpu_ops.present()
-        wanted = f"{roofline.NOT_YET} (rehearsed)" if there else roofline.NOT_YET
+        wanted = f"{roofline.NOT_YET} (rehearsed)" if there else roofline.NOT_HERE
         assert line.endswith(f"| {wanted} |")
     assert (rehearsed / "roofline.png").stat().st_size > 10_000
     assert len(list(rehearsed.iterdir())) <= MOST_FILES
