@@ -187,8 +187,8 @@ def _summary(results: Path) -> str:
 
 
 def _gpu(results: Path) -> str:
-    """Goals, predictions and what every recorded run reached."""
-    parts = []
+    """Goals, predictions and what every recorded run reached, the latest first."""
+    runs = []
     for path in sorted(results.glob("gpu*/gpu.json")):
         name = path.relative_to(results.parents[1])
         try:
@@ -200,8 +200,9 @@ def _gpu(results: Path) -> str:
             raise ValueError(f"{name} is not the file of a GPU run: {error!r}") from error
         if rehearsal:
             raise ValueError(f"{name} is a rehearsal on a CPU, no result")
-        parts.append(markdown(roofline.goals(run)))
-        parts.append(f"{named}, commit {commit}; `{name}`")
+        reached = [markdown(roofline.goals(run)), f"{named}, commit {commit}; `{name}`"]
+        runs.append((run["time"], reached))
+    parts = [part for _, reached in sorted(runs, reverse=True) for part in reached]
     if not parts:
         parts.append(markdown(roofline.goals(roofline.NO_RUN)))
         parts.append(f"Goals and predictions only: {roofline.NOT_YET}.")
