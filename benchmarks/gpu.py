@@ -66,23 +66,24 @@ class Stage:
 
 
 STAGES = (
-    Stage("gpu:manifest", 15, checks=True),
-    Stage("gpu:build", 95, checks=True),
-    Stage("gpu_ops:ceilings", 15),
-    Stage("gpu_ops:stream", 20, checks=True),
-    Stage("gpu:tests", 45, checks=True, needs=("pytest", "hypothesis", "transformers")),
-    Stage("gpu_ops:sanitizers", 50, checks=True),
-    Stage("gpu_ops:ops", 30, checks=True),
-    Stage("gpu_edit:edit", 120, checks=True),
-    Stage("gpu_system:system", 65, needs=("transformers",)),
-    Stage("gpu_edit:compiled", 45),
-    Stage("gpu_ops:counters", 35),
+    Stage("gpu:manifest", 5, checks=True),
+    Stage("gpu:build", 60, checks=True),
+    Stage("gpu_ops:ceilings", 5),
+    Stage("gpu_ops:stream", 10, checks=True),
+    Stage("gpu:tests", 40, checks=True, needs=("pytest", "hypothesis", "transformers")),
+    Stage("gpu_ops:sanitizers", 70, checks=True),
+    Stage("gpu_ops:ops", 80, checks=True),
+    Stage("gpu_edit:edit", 80, checks=True),
+    Stage("gpu_system:system", 75, needs=("transformers",)),
+    Stage("gpu_edit:compiled", 60),
+    Stage("gpu_ops:counters", 45),
 )
 DROPPED = ("counters", "compiled", "sanitizers", "system", "ops", "edit", "tests")
+WORKERS = 6  # of the tests: most of their time is the host's
 READY = "PYMEND_READY"  # in the environment: do not build
 INFO = "from pymend import build_info; print(build_info())"
 MUST = {"PYMEND_REQUIRE_KERNELS": "1"}
-LOGS = ("build", "tests", "sanitizers", "counters")
+LOGS = ("build", "tests", *gpu_run.SANITIZERS, "counters")
 
 
 # -- stages --------------------------------------------------------------------------------------
@@ -171,7 +172,8 @@ def tests(run: Run) -> None:
         if run.dry
         else ["tests", "-m", "cuda"]
     )
-    line = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen]
+    workers = ["-n", str(WORKERS)] if find_spec("xdist") and not run.dry else []
+    line = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *workers, *chosen]
     output = run.command(*line)
     run.save(summary=output.splitlines()[-1])
 

@@ -18,7 +18,8 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -457,19 +458,25 @@ def _late_call(operands: Operands, late: Sequence[Tensor]) -> list[Tensor]:
 
 
 def sanitizers(run: Run) -> None:
-    """memcheck and racecheck over every op at small sizes."""
+    """memcheck and racecheck over every op at small sizes, both at once."""
     tool = None if run.dry else shutil.which("compute-sanitizer")
     if not (tool or run.dry):
         raise Skipped("compute-sanitizer was not found")
     script = [sys.executable, "benchmarks/gpu_ops.py", "--tiny", *["--cpu"] * run.dry]
-    for check in ("memcheck", "racecheck"):
-        prefix = [tool, "--tool", check, "--error-exitcode", "9"] if tool else []
-        prefix += ["--report-api-errors", "no"] if tool and check == "memcheck" else []
-        # Without torch's own pool every tensor has its own bounds.
-        run.command(*prefix, *script, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-        run.save(**{check: "no error" if tool else "rehearsed"})
-        if run.dry:
-            break
+
+    def check(name: str) -> None:
+        prefix = [tool, "--tool", name, "--error-exitcode", "9"] if tool else []
+        prefix += ["--report-api-errors", "no"] if tool and name == "memcheck" else []
+        # Without torch's own pool every tensor has its own bounds. Each has its own log.
+        logged = replace(run, stage=name)
+        logged.command(*prefix, *script, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+
+    names = gpu_run.SANITIZERS[: 1 if run.dry else None]
+    with ThreadPoolExecutor() as pool:
+        checks = {name: pool.submit(check, name) for name in names}
+        for name, done in checks.items():
+            done.result()
+            run.save(**{name: "no error" if tool else "rehearsed"})
 
 
 METRICS = {

@@ -32,6 +32,7 @@ SLOW = 0.2  # seconds of a call that is not tried out again before it is timed
 ROUNDS = 15  # their median counts
 REPEATS = 2  # of the whole set; the medians' distance is the spread
 COLD_BYTES = 200 * 2**20  # operands that are rotated, or four sets of them: L2 holds 50 MB
+SANITIZERS = ("memcheck", "racecheck")  # tools of compute-sanitizer
 GRAPH = " graph"  # ends the names of rivals that run as a CUDA graph: they must not wait
 Call = Callable[[], Any]
 
