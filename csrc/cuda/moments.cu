@@ -29,10 +29,11 @@ Tensor run(const MomentsArguments& x) {
     list.a = x.a();
     list.b = x.b();
     for (size_t s = first; s < segments.size() && list.count < MAX_SEGMENTS; ++s) list.item[list.count++] = segments[s];
-    const int64_t row_blocks = list.row_blocks(ROWS_BLOCK), column_blocks = list.column_blocks(COLUMNS_BLOCK, x.merge);
+    const int64_t row_blocks = list.row_blocks(), column_blocks = list.column_blocks(COLUMNS_BLOCK, x.merge);
     PYMEND_CHECK(row_blocks <= INT32_MAX && column_blocks <= INT32_MAX, "z [", rows, ", ", columns,
                  "] needs more blocks than a grid has");
-    launch(live_rows_kernel<T, ROWS_BLOCK>, row_blocks, ROWS_BLOCK, 0, stream, list, count_ptr, before_ptr, live_ptr);
+    launch(live_rows_kernel<T, ROWS_BLOCK>, row_blocks, ROWS_BLOCK, sizeof(LiveRowsShared<ROWS_BLOCK>), stream, list,
+           count_ptr, before_ptr, live_ptr);
     launch(moments_kernel<T, O, COLUMNS_BLOCK>, column_blocks, COLUMNS_BLOCK, 0, stream, list, live_ptr, before_ptr,
            static_cast<double*>(x.mean.mutable_data_ptr()), static_cast<double*>(x.m2.mutable_data_ptr()), count_ptr,
            x.merge, static_cast<O*>(z.mutable_data_ptr()));

@@ -35,8 +35,8 @@ void moments_on(const std::vector<Rows>& segments, int64_t a, int64_t b, const S
     }
     live.resize(row);
     int64_t before = 0;
-    launch(live_rows_kernel<T, BLOCK>, list.row_blocks(BLOCK), BLOCK, 0, &schedule, list, at<const int64_t>(state.count),
-           &before, live.data());
+    launch(live_rows_kernel<T, BLOCK>, list.row_blocks(), BLOCK, sizeof(LiveRowsShared<BLOCK>), &schedule, list,
+           at<const int64_t>(state.count), &before, live.data());
     launch(moments_kernel<T, O, BLOCK>, list.column_blocks(BLOCK, state.merge), BLOCK, 0, &schedule, list, live.data(), &before,
            at<double>(state.mean), at<double>(state.m2), at<int64_t>(state.count), state.merge, at<O>(state.z));
   }

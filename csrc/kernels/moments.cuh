@@ -1,13 +1,13 @@
 // moments on a GPU: rows (u, delta) are merged into the running moments segment after segment, and normalised.
 //
 // Formula    math/moments.h (MEND, Mitchell et al. 2022, section 3.2), in double.
-// Layout     live_rows_kernel: one warp per row. moments_kernel: one thread per column walks the segments in order; it
+// Layout     live_rows_kernel: one block per row. moments_kernel: one thread per column walks the segments in order; it
 //            reads a segment three times, from L1 or L2 after the first. Neighbouring threads read neighbouring columns.
 //            Where nothing is merged, rows do not depend on each other: a thread takes ROWS_APART of its column.
 //            A launch takes 120 segments; a further launch goes on with the moments that the last one wrote.
 // Bytes      R (a + b) (2 sizeof(T) + sizeof(O)) for R rows, the second reading by and large from L2; 32 (a + b).
-// Caller     Operands as in Segment<T>; blockDim = BLOCK; no shared memory; `live` holds a byte per row of z, `before`
-//            one number; live_rows_kernel first, both on one stream.
+// Caller     Operands as in Segment<T>; blockDim = BLOCK; shared memory of LiveRowsShared for live_rows_kernel; `live`
+//            holds a byte per row of z, `before` one number; live_rows_kernel first, both on one stream.
 #pragma once
 
 #include "device.h"
@@ -29,20 +29,27 @@ struct SegmentList {  // of one segment at least
   PYMEND_INLINE int64_t first() const { return item[0].first; }
   PYMEND_INLINE int64_t end() const { return item[count - 1].first + item[count - 1].rows; }
   // Grids of the two kernels: at least one block, which also copies count.
-  int64_t row_blocks(int block) const { return (end() - first()) / (block / WARP) + 1; }
+  int64_t row_blocks() const { return end() - first() + 1; }
   PYMEND_INLINE int64_t across(int block) const { return (a + b + block - 1) / block; }
   int64_t column_blocks(int block, bool merge) const {
     return across(block) * (merge ? 1 : (end() - first()) / ROWS_APART + 1);
   }
 };
 
-// Whether an element of row [0, width) is not zero; the same answer for all lanes.
-template <typename T>
-__device__ __forceinline__ bool warp_any_nonzero(const T* row, int64_t width) {
+// Of each warp, whether it met an element that is not zero, in u and in delta.
+template <int BLOCK>
+struct LiveRowsShared {
+  int any[2][BLOCK / WARP];
+};
+
+// Whether this thread's share of row [0, width), or that of another lane, holds an element that is not zero.
+template <int BLOCK, typename T>
+__device__ __forceinline__ int warp_any_nonzero(const T* row, int64_t width) {
   int any = 0;
-  for (int64_t i = threadIdx.x % WARP; i < width; i += WARP) any |= row[i] != 0;
+#pragma unroll 8
+  for (int64_t i = threadIdx.x; i < width; i += BLOCK) any |= row[i] != 0;
   for (int lane = WARP / 2; lane > 0; lane /= 2) any |= __shfl_xor_sync(ALL_LANES, any, lane);
-  return any != 0;
+  return any;
 }
 
 // live[row of z]: neither u nor delta is zero throughout. Also copies count, which moments_kernel reads in all its
@@ -50,15 +57,27 @@ __device__ __forceinline__ bool warp_any_nonzero(const T* row, int64_t width) {
 template <typename T, int BLOCK>
 __global__ void live_rows_kernel(const __grid_constant__ SegmentList<T> list, const int64_t* count, int64_t* before,
                                  uint8_t* live) {
+  auto& shared = shared_memory<LiveRowsShared<BLOCK>>();
   if (blockIdx.x == 0 && threadIdx.x == 0) *before = *count;
-  const int64_t row = list.first() + int64_t(blockIdx.x) * (BLOCK / WARP) + threadIdx.x / WARP;
-  if (row >= list.end()) return;  // whole warps
+  const int64_t row = list.first() + blockIdx.x;
+  if (row >= list.end()) return;  // the whole block
   int i = 0;
   while (row >= list.item[i].first + list.item[i].rows) ++i;
   const Segment<T>& segment = list.item[i];
-  const bool u = warp_any_nonzero(segment.u + (row - segment.first) * list.a, list.a);
-  const bool delta = warp_any_nonzero(segment.delta + (row - segment.first) * list.b, list.b);
-  if (threadIdx.x % WARP == 0) live[row] = u && delta;
+  const int u = warp_any_nonzero<BLOCK>(segment.u + (row - segment.first) * list.a, list.a);
+  const int delta = warp_any_nonzero<BLOCK>(segment.delta + (row - segment.first) * list.b, list.b);
+  if (threadIdx.x % WARP == 0) {
+    shared.any[0][threadIdx.x / WARP] = u;
+    shared.any[1][threadIdx.x / WARP] = delta;
+  }
+  __syncthreads();
+  if (threadIdx.x > 0) return;
+  int any[2] = {};
+  for (int warp = 0; warp < BLOCK / WARP; ++warp) {
+    any[0] |= shared.any[0][warp];
+    any[1] |= shared.any[1][warp];
+  }
+  live[row] = any[0] && any[1];
 }
 
 template <typename T, typename O, int BLOCK>
