@@ -58,7 +58,7 @@ ROOMS = {
     "emu/": (*("device.h", "kernels/", "math/", "emu/", "pybind11/"), *FIBER_HEADERS),
     "ops.cpp": ("Python.h", "torch_glue.h"),
 }  # fmt: skip
-STANDARD = re.compile(r"[a-z]+")  # <vector>; with a dot or a slash it is not the C++ library
+STANDARD = re.compile(r"[a-z_]+")  # <vector>; with a dot or a slash it is not the C++ library
 
 
 def sources() -> list[Path]:

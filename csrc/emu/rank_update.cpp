@@ -35,7 +35,9 @@ void rank_update_on(const std::vector<Matrix>& matrices, uintptr_t alpha, uintpt
       const int64_t units = packed.first[list.count];
       std::vector<Four<uint32_t>> words(units * UNIT_WORDS / 4);
       packed.words = reinterpret_cast<uint32_t*>(words.data());
-      launch(pack_factors_kernel<T, BLOCK>, ceil_div(units, BLOCK / WARP), BLOCK, 0, &schedule, list, packed);
+      Schedule whole = schedule;  // the last block of W needs more than the last units
+      if (whole.order == Schedule::last) whole.order = Schedule::forward;
+      launch(pack_factors_kernel<T, BLOCK>, ceil_div(units, BLOCK / WARP), BLOCK, 0, &whole, list, packed);
       auto* kernel = random ? rank_update_mma_kernel<T, BLOCK, true> : rank_update_mma_kernel<T, BLOCK, false>;
       launch(kernel, list.tiles, BLOCK, sizeof(RankUpdateMmaShared<BLOCK>), &schedule, list, packed,
              at<const float>(alpha), STRIP, partial.data());
