@@ -50,7 +50,7 @@ FIBER_HEADERS = ("boost/context/", "ucontext.h", "sanitizer/")
 ROOMS = {
     "math/": ("math/",),
     "kernels/": ("device.h", "kernels/", "math/"),
-    "device.h": ("cuda_runtime.h", "emu/shim.h"),
+    "device.h": ("cuda_runtime.h", "emu/shim.h", "math/"),
     "torch_glue.h": ("torch/csrc/stable/", "torch/headeronly/", "dlfcn.h", "math/"),
     "glue/": ("torch_glue.h", "math/"),
     "cuda/": ("torch_glue.h", "glue/", "device.h", "kernels/", "math/"),

@@ -29,7 +29,7 @@ struct SegmentList {  // of one segment at least
   PYMEND_INLINE int64_t first() const { return item[0].first; }
   PYMEND_INLINE int64_t end() const { return item[count - 1].first + item[count - 1].rows; }
   // Grids of the two kernels: at least one block, which also copies count.
-  int64_t row_blocks() const { return end() - first() + 1; }
+  int64_t row_blocks() const { return end() > first() ? end() - first() : 1; }
   PYMEND_INLINE int64_t across(int block) const { return (a + b + block - 1) / block; }
   int64_t column_blocks(int block, bool merge) const {
     return across(block) * (merge ? 1 : (end() - first()) / ROWS_APART + 1);
