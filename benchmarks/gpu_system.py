@@ -2,8 +2,8 @@
 
 Ours has a bfloat16 base and a float32 editor; the official order of work is float32 throughout. An
 episode is an edit, a rephrase and a locality row of 32 tokens; a step has ten of them. "cached"
-keeps the states below the edited blocks in memory; an "evaluate" is one edit with its scores; "tf32"
-is the same call while torch may take float32 products, here the editor's, in TF32.
+keeps the states below the edited blocks in memory; an "evaluate" is one edit with its scores. A
+call with "tf32" is the same while torch may take float32 products, here the editor's, in TF32.
 """
 
 from __future__ import annotations
