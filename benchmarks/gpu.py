@@ -10,7 +10,8 @@ Every stage runs in a process of its own, so that a fault of the device ends tha
 has its place in a time plan: it is killed when its seconds and those that earlier stages left over
 are used up. What it found by then is in ``gpu.json``, which is whole after every stage. Where the
 plan is shorter than all stages, the ones in ``DROPPED`` are left out, in that order; ``--stages``
-chooses by hand. The exit status is 1 if a stage that checks something failed or did not finish.
+chooses by hand. ``PYMEND_COMMIT`` names the commit where the tree came without git. The exit
+status is 1 if a stage that checks something failed or did not finish.
 """
 
 from __future__ import annotations
@@ -80,9 +81,7 @@ STAGES = (
 )
 DROPPED = ("counters", "compiled", "sanitizers", "system", "ops", "edit", "tests")
 WORKERS = 6  # of the tests: most of their time is the host's
-READY = "PYMEND_READY"  # in the environment: do not build
-INFO = "from pymend import build_info; print(build_info())"
-MUST = {"PYMEND_REQUIRE_KERNELS": "1"}
+LOADED = "from pymend import build_info, has_kernels; assert has_kernels(); print(build_info())"
 LOGS = ("build", "tests", *gpu_run.SANITIZERS, "counters")
 
 
@@ -130,8 +129,8 @@ def build(run: Run) -> None:
     """
     found = json.loads((run.out / "gpu.json").read_text())["stages"]["manifest"]
     folder = run.out / "build" if run.dry else ROOT / "build/gpu"
-    if READY in os.environ:
-        run.save(target="ready", info=run.command(sys.executable, "-c", INFO, **MUST))
+    if run.ready:
+        run.save(target="ready", info=run.command(sys.executable, "-c", LOADED))
         return
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
     configure = ["cmake", "-S", ".", "-B", folder, *generator]
@@ -149,7 +148,7 @@ def build(run: Run) -> None:
     if run.dry:
         shutil.rmtree(folder)
         return
-    run.command(sys.executable, "-c", INFO, **MUST)
+    run.command(sys.executable, "-c", LOADED)
 
 
 def parse_ptxas(output: str) -> list[dict[str, Any]]:
@@ -192,7 +191,7 @@ def plan(seconds: float) -> tuple[list[Stage], list[str]]:
     return stages, dropped
 
 
-def chosen(words: Sequence[str]) -> list[Stage]:
+def picked(words: Sequence[str]) -> list[Stage]:
     """The stages named in ``words``, as ``NAME`` or ``NAME=SECONDS``, in the order of a full run.
 
     Raises:
@@ -272,11 +271,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     begin, dry = time.monotonic(), options.dry_run
     try:
-        stages, dropped = (chosen(options.stages), []) if options.stages else plan(options.seconds)
+        stages, dropped = (picked(options.stages), []) if options.stages else plan(options.seconds)
     except ValueError as problem:
         parser.error(str(problem))
-    if options.ready:
-        os.environ[READY] = "1"
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     for old in (f"{name}.log" for name in LOGS):
@@ -307,7 +304,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if lacks:
             found = {"status": "skipped", "reason": f"not installed: {lacks}"}
         else:
-            found = perform(stage, Run(out, stage.name, dry, begin + planned))
+            found = perform(stage, Run(out, stage.name, dry, begin + planned, options.ready))
         results["stages"][stage.name] = found
         results["seen"][stage.name] = "a rehearsal" if dry else seen()
         results["took"] = round(time.monotonic() - begin, 1)

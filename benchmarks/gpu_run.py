@@ -75,6 +75,7 @@ class Run:
     stage: str
     dry: bool
     deadline: float  # of time.monotonic()
+    ready: bool = False  # the native module lies in pymend/ already
     data: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -101,12 +101,12 @@ def crashes(run):
 
 
 def test_stages_can_be_chosen_and_given_their_seconds():
-    stages = gpu.chosen(["edit=7.5", "tests"])
+    stages = gpu.picked(["edit=7.5", "tests"])
     assert [s.name for s in stages] == ["manifest", "tests", "edit"]
     assert stages[2].seconds == 7.5
     assert stages[1] in gpu.STAGES
     with pytest.raises(ValueError, match="no stage is called edits; there are manifest, build"):
-        gpu.chosen(["edits"])
+        gpu.picked(["edits"])
 
 
 @pytest.mark.parametrize(
