@@ -60,6 +60,8 @@ def samples(dtype) -> dict[str, Case]:
         "independent edits": make_case(dtype, 7, 4, 33, 31, episodes=5),
         "padded": padded,
         "strides": strided,
+        "many rows": make_case(dtype, 90, 80, 24, 40),
+        "many rows, independent": make_case(dtype, 50, 40, 16, 9, episodes=3),
         "one of each": make_case(dtype, 1, 1, 1, 1),
         "no rows of factors": make_case(dtype, 4, 0, 6, 7),
         "no inputs": make_case(dtype, 0, 3, 6, 7),
@@ -180,9 +182,10 @@ class NoDense(TorchDispatchMode):
         return result
 
 
+@pytest.mark.parametrize("rows", [(5, 3), (90, 80)], ids=["few", "many"])
 @pytest.mark.parametrize("episodes", [None, 3])
-def test_no_tensor_of_a_weights_size(episodes):
-    case = make_case(torch.float32, 5, 3, 22, 38, episodes)
+def test_no_tensor_of_a_weights_size(episodes, rows):
+    case = make_case(torch.float32, *rows, 22, 38, episodes)
     with NoDense(22 * 38) as mode:
         results(op.side_path, case)
     assert mode.seen > 10, "the mode saw the work"
@@ -190,9 +193,19 @@ def test_no_tensor_of_a_weights_size(episodes):
         dense(*make_case(torch.float32, 5, 3, 22, 38).arguments())
 
 
+def test_many_rows_keep_no_product_of_rows():
+    """Streamed, memory does not grow with inputs times rows of factors."""
+    case = make_case(torch.float32, 90, 80, 22, 38)
+    with NoDense(90 * 80):
+        results(op.side_path, case)
+    with pytest.raises(AssertionError, match=r"made \[90, 80\]"), NoDense(90 * 80):
+        results(op.eager, case)
+
+
+@pytest.mark.parametrize("rows", [(5, 3), (90, 80)], ids=["few", "many"])
 @pytest.mark.parametrize("wanted", NAMES)
-def test_only_what_is_wanted_has_a_gradient(wanted):
-    case = make_case(torch.float32, 5, 3, 7, 9)
+def test_only_what_is_wanted_has_a_gradient(wanted, rows):
+    case = make_case(torch.float32, *rows, 7, 9)
     full = dict(zip(NAMES, run("cpu", case)[1:], strict=True))
     getattr(case, wanted).requires_grad_()
     op.side_path(*case.arguments()).backward(case.cotangent)
@@ -218,7 +231,9 @@ def test_backward_notices_a_changed_factor():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["one edit", "independent edits", "no rows of factors"])
+@pytest.mark.parametrize(
+    "name", ["one edit", "independent edits", "many rows", "no rows of factors"]
+)
 def test_compiles_whole(name, dtype):
     torch.compiler.reset()  # each case has shapes of its own, and dynamo counts
     case = samples(dtype)[name]
@@ -239,8 +254,9 @@ def test_autocast_and_inference_mode_change_nothing():
         assert torch.equal(op.side_path(*inside.arguments()), plain[0])
 
 
-def test_threads_do_not_change_a_bit():
-    case = make_case(torch.float32, 65, 9, 200, 300, episodes=2)
+@pytest.mark.parametrize("rows", [(65, 9), (700, 900)], ids=["few", "many"])
+def test_threads_do_not_change_a_bit(rows):
+    case = make_case(torch.float32, *rows, 200, 300, episodes=2)
     threads = torch.get_num_threads()
     runs = []
     try:
