@@ -66,6 +66,10 @@ class Algorithm(ABC):
             ValueError: something in the edits is not finite.
         """
 
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """All that its edits depend on besides the model and the request; plain JSON."""
+
     def expect(self, count: int) -> None:
         """Warn if this was not trained for ``count`` simultaneous edits."""
         if self.n_edits not in (None, count):

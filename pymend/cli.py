@@ -284,7 +284,12 @@ def _parsers() -> tuple[_Parser, argparse.ArgumentParser]:
     evaluate.add_argument("--strength", type=float, default=1.0, help=STRENGTH)
     evaluate.add_argument("--data", required=True, help="facts (the test split), or a file")
     evaluate.add_argument("--limit", type=int, help="only the first records")
-    evaluate.add_argument("--output", metavar="FILE", help="write the results as JSON")
+    evaluate.add_argument(
+        "--output",
+        metavar="FILE",
+        help="write the results as JSON; the scores on the way "
+        "are in FILE.part, from which the same command goes on",
+    )
     evaluate.add_argument("--ppl-text", metavar="FILE", help="text for the perplexity drawdown")
     evaluate.add_argument(
         "--batch-size", type=int, default=16, help="edits in one pass (default: 16)"
@@ -573,25 +578,32 @@ def _eval(args: argparse.Namespace) -> None:
     algorithm_for = _algorithm(args)
     model, tokenizer = _model(args)
     algorithm = algorithm_for(model, tokenizer)
-    result = evaluate(
-        algorithm,
-        model,
-        tokenizer,
-        data,
-        args.batch_size,
-        text,
-        args.chat,
-        n_edits=args.n_edits,
-    )
+    kept = output.with_name(f"{output.name}.part") if output else None
+    try:
+        result = evaluate(
+            algorithm,
+            model,
+            tokenizer,
+            data,
+            args.batch_size,
+            text,
+            args.chat,
+            n_edits=args.n_edits,
+            kept=kept,
+        )
+    except KeyboardInterrupt:
+        again = "; run the same command again to continue" if kept else ""
+        raise KeyboardInterrupt(f"interrupted{again}") from None
     metrics = result.to_dict()
     print(metrics_table(metrics))
     print(metrics["protocol"])
-    if output:
+    if output and kept:
         names = ("model", "algorithm", "editor", "data", "strength")
         source: dict[str, Any] = {n: getattr(args, n) for n in names}
         if args.algorithm in RIVALS:
             source["settings"] = asdict(algorithm.config)
         write_json(output, {**metrics, "source": source})
+        kept.unlink()
         print(f"written to {output}")
 
 

@@ -147,6 +147,15 @@ def digest(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def digest_of_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
+    """A short name of their names, shapes and values."""
+    state = hashlib.sha256()
+    for name, value in tensors.items():
+        state.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        state.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return state.hexdigest()[:16]
+
+
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], tie: str = "") -> None:
     """Write ``tensors`` atomically as safetensors; ``tie`` is checked on reading."""
     plain = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}

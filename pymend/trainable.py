@@ -20,7 +20,15 @@ from pymend.algorithm import Algorithm, AnyEdit
 from pymend.capture import Factors, capture
 from pymend.config import EditorConfig, TrainConfig, from_json, to_json
 from pymend.edit import fingerprint
-from pymend.files import digest, read_json, read_tensors, writable_dir, write_json, write_tensors
+from pymend.files import (
+    digest,
+    digest_of_tensors,
+    read_json,
+    read_tensors,
+    writable_dir,
+    write_json,
+    write_tensors,
+)
 from pymend.losses import LabelRows, mean_of_seen
 from pymend.models import EditedWeight, find_weights, weight_of
 from pymend.replay import Replay
@@ -150,6 +158,11 @@ class Trainable(Algorithm):
             )
         self.editor.to(next(model.parameters()).device)
         return own
+
+    def identity(self) -> dict[str, Any]:
+        """Kind, settings, and a digest of the editor's values."""
+        values = digest_of_tensors(self.editor.state_dict())
+        return {"kind": self.kind, **to_json(self.config), "editor": values}
 
     def scale_(self: A, strength: float) -> A:
         """Multiply every step size by ``strength``, in place, and return the algorithm.

@@ -18,6 +18,7 @@ import tiny
 import torch
 import yaml
 from test_encoders import data_of, model_of, plain, words
+from test_evaluation import evaluate_module
 from transformers import AutoModelForCausalLM
 
 from pymend.algorithms.registry import load_editor
@@ -176,6 +177,36 @@ def test_eval_writes_the_promised_keys(
     assert all(metrics[key] is not None for key in KEYS)
     assert metrics["n"] == len(metrics["records"]) == 6
     assert "of a text" in metrics["perplexity"]["text"]
+
+
+def test_eval_goes_on_where_it_was_interrupted(
+    model: Path,
+    trained: Path,
+    records: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output = tmp_path / "metrics.json"
+    kept = tmp_path / "metrics.json.part"
+    options = [f"--data={records}", "--limit=6", "--batch-size=2", f"--output={output}"]
+    argv = ["eval", f"--model={model}", f"--editor={trained}", *options]
+    passes = []
+
+    def stop() -> int:
+        passes.append(1)
+        if len(passes) == 3:
+            raise KeyboardInterrupt
+        return 1
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate_module, "peak_memory_bytes", stop)
+        assert main(argv) == 130
+    assert "run the same command again to continue" in capsys.readouterr().err
+    assert kept.read_text().count("\n") == 3 and not output.exists()
+    message = fails(capsys, *argv, "--strength=0.5")
+    assert f"{kept} holds scores of another evaluation: its algorithm differ" in message
+    assert main(argv) == 0
+    assert read_json(output)["n"] == 6 and not kept.exists()
 
 
 def test_resume_takes_up_an_interrupted_run(model: Path, records: Path, tmp_path: Path) -> None:

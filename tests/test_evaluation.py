@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+import warnings
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +19,9 @@ from pymend.evaluation.metrics import interval, mean
 from pymend.losses import LabelRows
 from pymend.replay import Replay
 from pymend.tokens import IGNORE, Batch, Encoder, Row
+
+# The function hides its module of the same name.
+evaluate_module = sys.modules["pymend.evaluation.evaluate"]
 
 ALPHA = {"gpt2": 0.003, "llama": 0.02}  # some edits take and some do not
 KEYS = {
@@ -257,6 +263,83 @@ def test_a_record_that_is_not_finite_is_named(batch_size: int) -> None:
         model.transformer.wpe.weight[20] = math.nan  # also what pads its batch mates
     with pytest.raises(ValueError, match=r"^record 5: the gradients of .* are not finite"):
         evaluate(mend, model, tokenizer(), data, batch_size, progress=False)
+
+
+# -- an evaluation that goes on ---------------------------------------------------------------
+
+
+def cut_short(model: Any, data: list[EditRequest], kept: Path, passes: int, **kw: Any) -> None:
+    """Interrupt an evaluation after so many passes, as Ctrl-C does."""
+    count = 0
+    real = evaluate_module._Look
+
+    def look(*args: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count > passes:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(evaluate_module, "_Look", look)
+        run(model, data, kept=kept, **kw)
+
+
+@pytest.mark.parametrize("n_edits", [1, 3])
+def test_an_interrupted_evaluation_goes_on(n_edits: int, tmp_path: Path) -> None:
+    model, data, kept = gpt2(), records(), tmp_path / "scores.jsonl"
+    many = {"n_edits": n_edits, "batch_size": 3, "ppl_text": " ".join(WORDS[:20])}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # an editor for one edit at a time
+        whole = run(model, data, **many)
+        cut_short(model, data, kept, 2, **many)
+        with open(kept, "a") as file:
+            file.write('{"scores": [{"edit_suc')  # what a crash leaves
+        cut_short(model, data, kept, 0, **many)
+        assert len(kept.read_text().splitlines()) == 3, "the torn line is gone, all others stay"
+        result = run(model, data, kept=kept, **many)
+        again = run(model, data, kept=kept, **many)
+    assert vars(result.records[0]) == vars(whole.records[0])
+    assert [vars(r) for r in result.records] == [vars(r) for r in whole.records]
+    assert result.to_dict()["intervals_95"] == whole.to_dict()["intervals_95"]
+    assert result.to_dict() == again.to_dict(), "nothing was left to do"
+    assert 0 < result.edit_seconds < result.seconds
+
+
+CHANGES: dict[str, tuple[dict[str, Any], str]] = {
+    "editor": ({"alpha": 0.5}, "algorithm"),
+    "batch": ({"batch_size": 2}, "batch_size"),
+    "text": ({"ppl_text": "b c d"}, "text"),
+}
+
+
+@pytest.mark.parametrize("name", [*CHANGES, "records", "model", "dtype"])
+def test_scores_of_another_evaluation_are_refused(name: str, tmp_path: Path) -> None:
+    model, data, kept = gpt2(), records(), tmp_path / "scores.jsonl"
+    cut_short(model, data, kept, 1)
+    before = kept.read_bytes()
+    change, named = CHANGES.get(name, ({}, "model" if name == "dtype" else name))
+    if name == "records":
+        data[-1] = replace(data[-1], portability=())
+    if name == "model":
+        model = gpt2(seed=1)
+    if name == "dtype":
+        model = gpt2(dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=f"of another evaluation: its .*{named}.* differ; delete"):
+        run(model, data, kept=kept, **change)
+    assert kept.read_bytes() == before
+
+
+@pytest.mark.parametrize("text", ["no json\n", "[1]\n", '{"evaluation": 3}\n', "{}\n"])
+def test_a_file_that_holds_no_scores(text: str, tmp_path: Path) -> None:
+    kept = tmp_path / "notes.txt"
+    kept.write_text(text)
+    with pytest.raises(ValueError, match=r"notes\.txt holds no scores of an evaluation"):
+        run(gpt2(), records(), kept=kept)
+    assert kept.read_text() == text
+
+
+# -- what is reported -------------------------------------------------------------------------
 
 
 def test_what_the_json_holds() -> None:

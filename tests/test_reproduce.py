@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from test_evaluation import evaluate_module
 from test_mini import tiny
 
 from pymend.algorithms.registry import load_editor
@@ -21,6 +22,7 @@ from pymend.config import CacheConfig, FineTuneConfig, MendConfig
 from pymend.data.builders.questions import question_wordings
 from pymend.data.facts import load_relations
 from pymend.errors import meant_for_user
+from pymend.evaluation import evaluate
 from pymend.files import exclusive
 from pymend.models import mini
 from pymend.models.load import locate
@@ -207,6 +209,25 @@ def test_a_training_that_was_stopped_goes_on(
     monkeypatch.setattr(runs._Bench, "_scores", scored)
     assert "metrics" in perform(scale, run, place(scale_file), progress=False)
     assert log.read_text() == lines  # no step was taken again
+
+
+def test_an_evaluation_that_was_stopped_goes_on(
+    scale_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scale, run = load_scale(str(scale_file)), Run("wikitext", "ft")
+    folder = place(scale_file).folder(run)
+
+    def stopped(*args: Any, **options: Any) -> None:
+        evaluate(*args, **options)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(runs, "evaluate", stopped)
+        perform(scale, run, place(scale_file), progress=False)
+    assert (folder / "scores.jsonl").is_file()
+    monkeypatch.setattr(evaluate_module, "_Look", None)  # no record is looked at again
+    assert "metrics" in perform(scale, run, place(scale_file), progress=False)
+    assert not (folder / "scores.jsonl").exists()
 
 
 def test_other_settings_are_refused(scale_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from pymend.algorithm import Algorithm
 from pymend.capture import NonFiniteError
-from pymend.config import CacheConfig
+from pymend.config import CacheConfig, to_json
 from pymend.edit import Outcome, beside, by_episode, check_fingerprint, fingerprint
 from pymend.models import EditedWeight, find_blocks, find_weights, stacks
 from pymend.replay import Replay
@@ -120,6 +120,10 @@ class Cache(Algorithm):
             ValueError: ``model`` has no blocks that could be found.
         """
         return fingerprint(model, find_weights(model))
+
+    def identity(self) -> dict[str, Any]:
+        """Its settings."""
+        return {"kind": "cache", **to_json(self.config)}
 
     @torch.no_grad()
     def independent(self, replay: Replay, rows: Sequence[Row], joint: bool = False) -> OutputEdit:

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from pymend.algorithm import Algorithm
 from pymend.algorithms.dense import DenseEdit
-from pymend.config import EditRequest, FineTuneConfig
+from pymend.config import EditRequest, FineTuneConfig, to_json
 from pymend.edit import fingerprint
+from pymend.files import digest
 from pymend.losses import mean_of_seen
 from pymend.models import EditedWeight, find_weights, weight_of
 from pymend.replay import Replay
@@ -88,6 +89,11 @@ class FineTune(Algorithm):
             ValueError: ``model`` lacks an edited weight or has it in another shape.
         """
         return fingerprint(model, self.weights)
+
+    def identity(self) -> dict[str, Any]:
+        """Its settings, and a digest of the rows that it holds."""
+        held = digest({"rows": repr(self.locality)})
+        return {"kind": "ft", **to_json(self.config), "locality": held}
 
     def replay(self, model: nn.Module, keep: bool = False) -> Replay:
         """The model as this algorithm runs it: locality rows come one by one, and are kept."""

@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,9 @@ from tqdm.auto import tqdm
 from pymend.algorithm import Algorithm, AnyEdit
 from pymend.capture import NonFiniteError
 from pymend.config import EditRequest
+from pymend.evaluation.kept import Kept
 from pymend.evaluation.metrics import Metrics, RecordScores, mean
+from pymend.files import digest
 from pymend.models import frozen
 from pymend.ops.token_losses import TokenLosses
 from pymend.tokens import IGNORE, Batch, EncodedRequest, Encoder, Row
@@ -38,6 +41,7 @@ def evaluate(
     chat: bool = False,
     progress: bool = True,
     n_edits: int = 1,
+    kept: str | Path | None = None,
 ) -> Metrics:
     """Edit ``model`` with each record alone, or with so many at once, and measure what changed.
 
@@ -50,13 +54,16 @@ def evaluate(
         chat: put prompts through the tokenizer's chat template.
         n_edits: simultaneous edits. Records that fill no such group are left out, and so are
             locality prompts that are edited in their own group.
+        kept: file of the scores on the way, in a folder that exists. If it holds scores of this
+            very evaluation, which was interrupted, those are not made again. It is never deleted.
 
     Returns:
         The scores. Their intervals resample subjects, or the groups of simultaneous edits.
 
     Raises:
         ValueError: fewer records than one group, a record that cannot be tokenised or gives an edit
-            that is not finite, an empty text, or a model that does not fit.
+            that is not finite, an empty text, a model that does not fit, or ``kept`` holding
+            something else.
     """
     if min(batch_size, n_edits) < 1:
         name = "batch_size" if batch_size < 1 else "n_edits"
@@ -64,17 +71,26 @@ def evaluate(
     if len(data) < n_edits:
         raise ValueError(f"{len(data)} records to evaluate; give at least {n_edits}")
     encoder = Encoder.for_model(model, tokenizer, chat)
-    algorithm.fit(model)
+    known = algorithm.fit(model)
     algorithm.expect(n_edits)
     encoded = encoder.requests(data[: len(data) // n_edits * n_edits])
     size = batch_size if n_edits == 1 else n_edits
     text = None if ppl_text is None else _text_row(encoder, ppl_text)
-    scores: list[RecordScores] = []
-    edit_seconds = 0.0
-    begin = time.perf_counter()
-    bar = tqdm(total=len(encoded), desc="evaluate", disable=not progress)
+    done = Kept(
+        kept,
+        {
+            "algorithm": algorithm.identity() if kept else {},
+            "model": f"{known} {next(model.parameters()).dtype}",
+            "records": digest({"rows": repr(encoded)}),
+            "text": text and list(text.ids),
+            "batch_size": size,
+            "n_edits": n_edits,
+        },
+    )
+    bar = tqdm(total=len(encoded), initial=len(done.scores), desc="evaluate", disable=not progress)
     with frozen(model), bar:
-        for i in range(0, len(encoded), size):
+        for i in range(len(done.scores), len(encoded), size):
+            begin = time.perf_counter()
             chunk = encoded[i : i + size]
             if n_edits > 1:
                 chunk = _disjoint(chunk)
@@ -83,13 +99,24 @@ def evaluate(
             except NonFiniteError:
                 _name_culprit(algorithm, model, chunk, i)
                 raise
-            edit_seconds += look.edit_seconds
-            scores += look.scores()
+            done.add(
+                look.scores(),
+                seconds=time.perf_counter() - begin,
+                edit_seconds=look.edit_seconds,
+                peak_memory_bytes=peak_memory_bytes(),
+            )
             bar.update(len(chunk))
     named = "the locality texts" if text is None else f"the first {len(text.ids)} tokens of a text"
-    seconds = time.perf_counter() - begin
     groups = _groups(data[: len(encoded)], n_edits)
-    return Metrics(scores, n_edits, groups, named, seconds, edit_seconds, peak_memory_bytes())
+    return Metrics(
+        done.scores,
+        n_edits,
+        groups,
+        named,
+        done.seconds,
+        done.edit_seconds,
+        done.peak_memory_bytes,
+    )
 
 
 def _groups(data: Sequence[EditRequest], n_edits: int) -> list[int]:

@@ -117,6 +117,8 @@ def perform(scale: Scale, run: Run, place: Place, progress: bool = True) -> dict
     except (DivergedError, NonFiniteError) as error:  # as an ablation may
         result = {"spec": spec, "failed": str(error)}
     write_json(file, result)
+    for kept in folder.glob("scores*.jsonl"):
+        kept.unlink()
     return result
 
 
@@ -163,7 +165,7 @@ class _Bench:
         else:
             assert settings.train is not None
             algorithm = self._trained(config, settings.train)
-        return {"metrics": self._scores(algorithm, test)}
+        return {"metrics": self._scores(algorithm, test, "scores.jsonl")}
 
     def _trained(self, config: EditorConfig, train: TrainConfig) -> Algorithm:
         torch.manual_seed(self.place.seed)
@@ -201,7 +203,7 @@ class _Bench:
 
             def drawdown(algorithm: Algorithm) -> float:
                 bar.update()
-                return float(self._scores(algorithm, tuning, False)[self.setup.drawdown])
+                return float(self._scores(algorithm, tuning)[self.setup.drawdown])
 
             wanted = max(0.0, drawdown(mend))  # an accuracy that rose by chance is no bound
             best = find_eps(lambda eps: drawdown(cached(eps)), wanted, tolerance=0.05)
@@ -209,7 +211,11 @@ class _Bench:
         return {
             "mend_drawdown": wanted,
             "thresholds": [
-                {"factor": f, "eps": eps, "metrics": self._scores(cached(eps), test)}
+                {
+                    "factor": f,
+                    "eps": eps,
+                    "metrics": self._scores(cached(eps), test, f"scores-{f}.jsonl"),
+                }
                 for f, eps in looks
             ],
         }
@@ -218,16 +224,17 @@ class _Bench:
         return data.groups(self.splits[split], self.setup.draws, self.of.n_edits, limit)
 
     def _scores(
-        self, algorithm: Algorithm, records: Sequence[EditRequest], shown: bool = True
+        self, algorithm: Algorithm, records: Sequence[EditRequest], kept: str = ""
     ) -> dict[str, Any]:
-        """The means of an evaluation; the scores of single records are not kept."""
+        """The means of an evaluation, which can go on from the file ``kept`` if it has one."""
         metrics = evaluate(
             algorithm,
             self.model,
             self.tokenizer,
             records,
-            progress=self.progress and shown,
+            progress=self.progress and bool(kept),
             n_edits=self.of.n_edits,
+            kept=self.place.folder(self.of) / kept if kept else None,
         )
         return {name: value for name, value in metrics.to_dict().items() if name != "records"}
 
