@@ -603,7 +603,7 @@ def _eval(args: argparse.Namespace) -> None:
         if args.algorithm in RIVALS:
             source["settings"] = asdict(algorithm.config)
         write_json(output, {**metrics, "source": source})
-        kept.unlink()
+        kept.unlink(missing_ok=True)
         print(f"written to {output}")
 
 

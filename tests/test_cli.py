@@ -204,7 +204,8 @@ def test_eval_goes_on_where_it_was_interrupted(
     assert "run the same command again to continue" in capsys.readouterr().err
     assert kept.read_text().count("\n") == 3 and not output.exists()
     message = fails(capsys, *argv, "--strength=0.5")
-    assert f"{kept} holds scores of another evaluation: its algorithm differ" in message
+    assert f"{kept} holds scores of another evaluation" in message
+    assert "its algorithm differ; finish that one, or delete the file" in message
     assert main(argv) == 0
     assert read_json(output)["n"] == 6 and not kept.exists()
 

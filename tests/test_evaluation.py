@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,15 @@ import pytest
 import torch
 from tiny import CONTEXT, FAMILY, WORDS, facts, gpt2, logits_of, seasoned_mend, tokenizer
 
-from pymend import EditRequest, Metrics, Probe, evaluate
+from pymend import EditRequest, Mend, Metrics, Probe, evaluate
+from pymend.algorithms.cache import Cache
+from pymend.algorithms.finetune import FineTune
+from pymend.config import CacheConfig, FineTuneConfig
+from pymend.evaluation.kept import Kept
 from pymend.evaluation.metrics import interval, mean
+from pymend.files import digest_of_tensors
 from pymend.losses import LabelRows
+from pymend.models import find_weights
 from pymend.replay import Replay
 from pymend.tokens import IGNORE, Batch, Encoder, Row
 
@@ -268,7 +273,11 @@ def test_a_record_that_is_not_finite_is_named(batch_size: int) -> None:
 # -- an evaluation that goes on ---------------------------------------------------------------
 
 
-def cut_short(model: Any, data: list[EditRequest], kept: Path, passes: int, **kw: Any) -> None:
+def of(model: Any, **config: Any) -> Mend:
+    return seasoned_mend(model, alpha=ALPHA[model.config.model_type], **config)
+
+
+def cut_short(passes: int, algorithm: Any, model: Any, *args: Any, **kw: Any) -> None:
     """Interrupt an evaluation after so many passes, as Ctrl-C does."""
     count = 0
     real = evaluate_module._Look
@@ -282,61 +291,158 @@ def cut_short(model: Any, data: list[EditRequest], kept: Path, passes: int, **kw
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(evaluate_module, "_Look", look)
-        run(model, data, kept=kept, **kw)
+        evaluate(algorithm, model, tokenizer(), *args, progress=False, **kw)
 
 
+@pytest.mark.filterwarnings("ignore:this editor was trained for n_edits=1")
 @pytest.mark.parametrize("n_edits", [1, 3])
-def test_an_interrupted_evaluation_goes_on(n_edits: int, tmp_path: Path) -> None:
-    model, data, kept = gpt2(), records(), tmp_path / "scores.jsonl"
-    many = {"n_edits": n_edits, "batch_size": 3, "ppl_text": " ".join(WORDS[:20])}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # an editor for one edit at a time
-        whole = run(model, data, **many)
-        cut_short(model, data, kept, 2, **many)
-        with open(kept, "a") as file:
-            file.write('{"scores": [{"edit_suc')  # what a crash leaves
-        cut_short(model, data, kept, 0, **many)
-        assert len(kept.read_text().splitlines()) == 3, "the torn line is gone, all others stay"
-        result = run(model, data, kept=kept, **many)
-        again = run(model, data, kept=kept, **many)
-    assert vars(result.records[0]) == vars(whole.records[0])
+@pytest.mark.parametrize("kind", ["mend", "ft+kl"])
+def test_an_interrupted_evaluation_goes_on(kind: str, n_edits: int, tmp_path: Path) -> None:
+    model, data, kept = gpt2(), records(), tmp_path / "new" / "scores.jsonl"
+    how = {"n_edits": n_edits, "batch_size": 3, "ppl_text": " ".join(WORDS[:20])}
+    quiet = {"progress": False, **how}
+    mend = of(model) if kind == "mend" else held(model, data)
+    whole = evaluate(mend, model, tokenizer(), data, **quiet)
+    cut_short(2, mend, model, data, kept=kept, **how)
+    with open(kept, "a") as file:
+        file.write('{"scores": [{"edit_suc')  # what a crash leaves
+    cut_short(0, mend, model, data, kept=kept, **how)
+    assert len(kept.read_text().splitlines()) == 3, "the torn line is gone, all others stay"
+    result = evaluate(mend, model, tokenizer(), data, kept=str(kept), **quiet)
+    again = evaluate(mend, model, tokenizer(), data, kept=kept, **quiet)
     assert [vars(r) for r in result.records] == [vars(r) for r in whole.records]
     assert result.to_dict()["intervals_95"] == whole.to_dict()["intervals_95"]
     assert result.to_dict() == again.to_dict(), "nothing was left to do"
     assert 0 < result.edit_seconds < result.seconds
 
 
-CHANGES: dict[str, tuple[dict[str, Any], str]] = {
-    "editor": ({"alpha": 0.5}, "algorithm"),
-    "batch": ({"batch_size": 2}, "batch_size"),
-    "text": ({"ppl_text": "b c d"}, "text"),
+def held(model: Any, data: list[EditRequest]) -> FineTune:
+    config = FineTuneConfig(lr=1e-3, kl=True, steps=3, edit=(find_weights(model)[0].name,))
+    return FineTune.from_config(model, config, tokenizer(), data)
+
+
+def merged(model: Any) -> Any:
+    of(model).edit(model, tokenizer(), records()[1]).merge_(model)
+    return model
+
+
+def shifted(model: Any) -> Any:
+    with torch.no_grad():
+        model.transformer.wpe.weight.mul_(1.01)
+    return model
+
+
+# What is evaluated before and after the interruption, and what the error names.
+BEFORE: dict[str, Any] = {"algorithm": of, "model": lambda m: m, "data": lambda d: d, "how": {}}
+OTHER: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "alpha": ({}, {"algorithm": lambda m: of(m).scale_(0.5)}, "algorithm"),
+    "settings": ({}, {"algorithm": lambda m: renamed(of(m), official=True)}, "algorithm"),
+    "kind": ({}, {"algorithm": lambda m: Cache(CacheConfig(eps=1.0))}, "algorithm"),
+    "eps": (
+        {"algorithm": lambda m: Cache(CacheConfig(eps=1.0))},
+        {"algorithm": lambda m: Cache(CacheConfig(eps=2.0))},
+        "algorithm",
+    ),
+    "locality of ft+kl": (
+        {"algorithm": lambda m: held(m, records())},
+        {"algorithm": lambda m: held(m, records()[1:])},
+        "algorithm",
+    ),
+    "merged": ({}, {"model": merged}, "model"),
+    "another part of the model": ({}, {"model": shifted}, "model"),
+    "dtype": ({}, {"model": lambda m: m.to(torch.bfloat16)}, "model"),
+    "records": ({}, {"data": lambda d: [*d[:-1], replace(d[-1], portability=())]}, "records"),
+    "fewer": ({}, {"data": lambda d: d[:-1]}, "records"),
+    "batch": ({}, {"how": {"batch_size": 2}}, "batch_size"),
+    "at once": ({}, {"how": {"n_edits": 3}}, "n_edits"),
+    "text": ({}, {"how": {"ppl_text": " ".join(WORDS[:4])}}, "text"),
 }
 
 
-@pytest.mark.parametrize("name", [*CHANGES, "records", "model", "dtype"])
+def renamed(mend: Mend, **config: Any) -> Mend:
+    mend.config = replace(mend.config, **config)
+    return mend
+
+
+@pytest.mark.filterwarnings("ignore:this editor was trained")
+@pytest.mark.parametrize("name", OTHER)
 def test_scores_of_another_evaluation_are_refused(name: str, tmp_path: Path) -> None:
-    model, data, kept = gpt2(), records(), tmp_path / "scores.jsonl"
-    cut_short(model, data, kept, 1)
+    kept = tmp_path / "scores.jsonl"
+    first, second, named = OTHER[name]
+    first = {**BEFORE, **first}
+    second = {**first, **second}
+    model = gpt2()
+    how = {"batch_size": 3, **first["how"]}
+    cut_short(1, first["algorithm"](model), model, first["data"](records()), kept=kept, **how)
     before = kept.read_bytes()
-    change, named = CHANGES.get(name, ({}, "model" if name == "dtype" else name))
-    if name == "records":
-        data[-1] = replace(data[-1], portability=())
-    if name == "model":
-        model = gpt2(seed=1)
-    if name == "dtype":
-        model = gpt2(dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match=f"of another evaluation: its .*{named}.* differ; delete"):
-        run(model, data, kept=kept, **change)
+    algorithm = second["algorithm"](model)
+    model, how = second["model"](model), {**how, **second["how"]}
+    with pytest.raises(ValueError, match=f"was interrupted: its {named} differ; finish that one"):
+        evaluate(
+            algorithm,
+            model,
+            tokenizer(),
+            second["data"](records()),
+            progress=False,
+            kept=kept,
+            **how,
+        )
     assert kept.read_bytes() == before
 
 
-@pytest.mark.parametrize("text", ["no json\n", "[1]\n", '{"evaluation": 3}\n', "{}\n"])
+def test_precision_of_products_is_part_of_an_evaluation(tmp_path: Path) -> None:
+    model, kept = gpt2(), tmp_path / "scores.jsonl"
+    cut_short(1, of(model), model, records(), 4, kept=kept)
+    products: Any = torch.backends.mkldnn.matmul
+    usual = products.fp32_precision
+    products.fp32_precision = "bf16"
+    try:
+        with pytest.raises(ValueError, match="its matmul differ"):
+            run(model, records(), kept=kept)
+    finally:
+        products.fp32_precision = usual
+
+
+@pytest.mark.parametrize(
+    "text", ["no json\n", "no json", '{"a": 1}', "[1]\n", "", "\n", '{"format_version": 1}\n3\n']
+)
 def test_a_file_that_holds_no_scores(text: str, tmp_path: Path) -> None:
     kept = tmp_path / "notes.txt"
     kept.write_text(text)
-    with pytest.raises(ValueError, match=r"notes\.txt holds no scores of an evaluation"):
+    with pytest.raises(ValueError, match=r"notes\.txt holds (no )?scores of a"):
         run(gpt2(), records(), kept=kept)
     assert kept.read_text() == text
+
+
+def test_scores_that_do_not_follow_each_other(tmp_path: Path) -> None:
+    """As two evaluations that write to one file leave them."""
+    model, kept = gpt2(), tmp_path / "scores.jsonl"
+    cut_short(2, of(model), model, records(), 4, kept=kept)
+    lines = kept.read_text().splitlines(keepends=True)
+    for wrong in ([*lines, lines[-1]], [lines[0], lines[2]]):
+        kept.write_text("".join(wrong))
+        with pytest.raises(ValueError, match="a pass is missing, or there twice"):
+            run(model, records(), kept=kept)
+        assert kept.read_text() == "".join(wrong)
+
+
+def test_scores_are_not_kept_in_a_file_that_was_deleted(tmp_path: Path) -> None:
+    """Another process finished the same evaluation."""
+    scores = Kept(tmp_path / "scores.jsonl", {})
+    (tmp_path / "scores.jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match=r"scores\.jsonl"):
+        scores.add([], seconds=0.0, edit_seconds=0.0, peak_memory_bytes=0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_and_shapes_are_in_a_digest() -> None:
+    x = torch.arange(6.0)
+    digests = [
+        digest_of_tensors(t)
+        for t in ({"a": x}, {"b": x}, {"a": x.view(2, 3)}, {"a": x.int()}, {"a": x + 1}, {})
+    ]
+    assert len(set(digests)) == len(digests)
+    assert digest_of_tensors({"a": x.view(2, 3).t().contiguous().t()}) == digests[2]
 
 
 # -- what is reported -------------------------------------------------------------------------

@@ -225,9 +225,36 @@ def test_an_evaluation_that_was_stopped_goes_on(
         patch.setattr(runs, "evaluate", stopped)
         perform(scale, run, place(scale_file), progress=False)
     assert (folder / "scores.jsonl").is_file()
+    changed = replace(place(scale_file), matmul="bf16")
+    with pytest.raises(ValueError, match=r"spec\.json is of other settings"):
+        perform(scale, run, changed, progress=False)
     monkeypatch.setattr(evaluate_module, "_Look", None)  # no record is looked at again
-    assert "metrics" in perform(scale, run, place(scale_file), progress=False)
+    result = perform(scale, run, place(scale_file), progress=False)
+    assert "metrics" in result and not (folder / "scores.jsonl").exists()
+    (folder / "scores.jsonl").touch()  # a stop between the two
+    assert perform(scale, run, place(scale_file), progress=False) == result
     assert not (folder / "scores.jsonl").exists()
+
+
+def test_thresholds_that_were_stopped_go_on(scale_file: Path) -> None:
+    scale, run = load_scale(str(scale_file)), Run("wikitext", "cache")
+    folder = place(scale_file).folder(run)
+    perform(scale, Run("wikitext", "mend"), place(scale_file), progress=False)
+    kept: list[Path] = []
+
+    def stopped(*args: Any, **options: Any) -> Any:
+        if options["kept"]:
+            kept.append(options["kept"])
+        if len(kept) == 2:
+            raise KeyboardInterrupt
+        return evaluate(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(runs, "evaluate", stopped)
+        perform(scale, run, place(scale_file), progress=False)
+    assert list(folder.glob("scores-*")) == kept[:1]
+    whole = perform(scale, run, place(scale_file), progress=False)
+    assert len(whole["thresholds"]) == 3 and not list(folder.glob("scores-*"))
 
 
 def test_other_settings_are_refused(scale_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

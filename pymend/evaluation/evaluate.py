@@ -22,12 +22,13 @@ from pymend.capture import NonFiniteError
 from pymend.config import EditRequest
 from pymend.evaluation.kept import Kept
 from pymend.evaluation.metrics import Metrics, RecordScores, mean
-from pymend.files import digest
+from pymend.files import digest, digest_of_tensors
 from pymend.models import frozen
 from pymend.ops.token_losses import TokenLosses
 from pymend.tokens import IGNORE, Batch, EncodedRequest, Encoder, Row
 
 PPL_TOKENS = 256  # of the perplexity text, looked at under every edit
+LOOKED_AT = 1024  # elements of each tensor of a model that tell it from another
 
 
 @torch.no_grad()
@@ -54,8 +55,9 @@ def evaluate(
         chat: put prompts through the tokenizer's chat template.
         n_edits: simultaneous edits. Records that fill no such group are left out, and so are
             locality prompts that are edited in their own group.
-        kept: file of the scores on the way, in a folder that exists. If it holds scores of this
-            very evaluation, which was interrupted, those are not made again. It is never deleted.
+        kept: file of the scores on the way. If it holds scores of this very evaluation, which was
+            interrupted, those are not made again; it stays. Edits that are only ``applied`` to the
+            model do not show in its values: merge them.
 
     Returns:
         The scores. Their intervals resample subjects, or the groups of simultaneous edits.
@@ -64,6 +66,7 @@ def evaluate(
         ValueError: fewer records than one group, a record that cannot be tokenised or gives an edit
             that is not finite, an empty text, a model that does not fit, or ``kept`` holding
             something else.
+        PermissionError: ``kept`` cannot be written.
     """
     if min(batch_size, n_edits) < 1:
         name = "batch_size" if batch_size < 1 else "n_edits"
@@ -71,22 +74,16 @@ def evaluate(
     if len(data) < n_edits:
         raise ValueError(f"{len(data)} records to evaluate; give at least {n_edits}")
     encoder = Encoder.for_model(model, tokenizer, chat)
-    known = algorithm.fit(model)
+    algorithm.fit(model)
     algorithm.expect(n_edits)
     encoded = encoder.requests(data[: len(data) // n_edits * n_edits])
     size = batch_size if n_edits == 1 else n_edits
     text = None if ppl_text is None else _text_row(encoder, ppl_text)
-    done = Kept(
-        kept,
-        {
-            "algorithm": algorithm.identity() if kept else {},
-            "model": f"{known} {next(model.parameters()).dtype}",
-            "records": digest({"rows": repr(encoded)}),
-            "text": text and list(text.ids),
-            "batch_size": size,
-            "n_edits": n_edits,
-        },
-    )
+    done = Kept()
+    if kept is not None:
+        settings = {"batch_size": size, "n_edits": n_edits, "text": text and list(text.ids)}
+        of = _identity(algorithm, model) | {"records": digest({"rows": repr(encoded)})} | settings
+        done = Kept(Path(kept), of)
     bar = tqdm(total=len(encoded), initial=len(done.scores), desc="evaluate", disable=not progress)
     with frozen(model), bar:
         for i in range(len(done.scores), len(encoded), size):
@@ -117,6 +114,20 @@ def evaluate(
         done.edit_seconds,
         done.peak_memory_bytes,
     )
+
+
+def _identity(algorithm: Algorithm, model: nn.Module) -> dict[str, Any]:
+    """What tells this algorithm and this model, here, from others."""
+    # A look at every tensor: a merged edit changes nearly all elements of some.
+    values = {
+        name: x.reshape(-1)[:: x.numel() // LOOKED_AT + 1] for name, x in model.state_dict().items()
+    }
+    return {
+        "algorithm": algorithm.identity(),
+        "model": digest_of_tensors(values),
+        "device": next(model.parameters()).device.type,
+        "matmul": torch.backends.mkldnn.matmul.fp32_precision,  # type: ignore[attr-defined]
+    }
 
 
 def _groups(data: Sequence[EditRequest], n_edits: int) -> list[int]:

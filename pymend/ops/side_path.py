@@ -88,12 +88,14 @@ def _backward_streamed(
 ) -> tuple[Tensor | None, ...]:
     """The gradients, some of the output's columns at a time."""
     need_x, need_u, need_delta, need_alpha = need
-    of_x, of_u, of_alpha = torch.zeros_like(x), torch.zeros_like(u), torch.zeros_like(alpha)
+    of_x, of_u, of_alpha = torch.zeros_like(x), torch.zeros_like(u), x.new_zeros(())
     of_delta = []
     add = Tensor.addmm_ if x.dim() == 2 else Tensor.baddbmm_
     for d, g in zip(delta.chunk(PARTS, -1), grad.chunk(PARTS, -1), strict=True):
-        change = u.mT @ d  # [..., a, columns]
-        wanted = x.mT @ g
+        if need_x or need_alpha:
+            change = u.mT @ d  # [..., a, columns]
+        if need_u or need_delta or need_alpha:
+            wanted = x.mT @ g
         if need_x:
             add(of_x, g, change.mT)
         if need_u:

@@ -40,6 +40,7 @@ from pymend.reproduce.plan import Run, Scale, Settings
 from pymend.trainable import Trainable
 from pymend.training.trainer import DivergedError, Trainer
 
+SCORES = "scores*.jsonl"  # of records, in the folder of a run that is not finished
 TUNING = 100  # validation records on which Cache's threshold is found
 
 K = TypeVar("K")
@@ -99,14 +100,15 @@ def perform(scale: Scale, run: Run, place: Place, progress: bool = True) -> dict
     folder, settings = place.folder(run), scale.settings(run)
     bench = _Bench(scale, run, place, progress)
     spec, file = bench.spec(settings), folder / "result.json"
-    begun = folder / "spec.json"  # what a training that was interrupted depends on
-    for kept in (file, begun) if (folder / "editor").is_dir() else (file,):
-        if kept.is_file() and read_json(kept)["spec"] != spec:
+    begun = folder / "spec.json"  # what was interrupted depends on
+    part = (folder / "editor").is_dir() or any(folder.glob(SCORES))
+    for written in (file, begun) if part else (file,):
+        if written.is_file() and read_json(written)["spec"] != spec:
             raise ValueError(
-                f"{kept} is of other settings; choose another output folder, or delete {folder}"
+                f"{written} is of other settings; choose another output folder, or delete {folder}"
             )
     if file.is_file():
-        return read_json(file)
+        return _finished(folder)
     writable_dir(folder)
     write_json(begun, {"spec": spec})
     try:
@@ -117,7 +119,13 @@ def perform(scale: Scale, run: Run, place: Place, progress: bool = True) -> dict
     except (DivergedError, NonFiniteError) as error:  # as an ablation may
         result = {"spec": spec, "failed": str(error)}
     write_json(file, result)
-    for kept in folder.glob("scores*.jsonl"):
+    return _finished(folder)
+
+
+def _finished(folder: Path) -> dict[str, Any]:
+    """The result in ``folder``; what was kept on the way to it goes."""
+    result = read_json(folder / "result.json")
+    for kept in folder.glob(SCORES):
         kept.unlink()
     return result
 
@@ -203,7 +211,7 @@ class _Bench:
 
             def drawdown(algorithm: Algorithm) -> float:
                 bar.update()
-                return float(self._scores(algorithm, tuning)[self.setup.drawdown])
+                return float(self._scores(algorithm, tuning, None)[self.setup.drawdown])
 
             wanted = max(0.0, drawdown(mend))  # an accuracy that rose by chance is no bound
             best = find_eps(lambda eps: drawdown(cached(eps)), wanted, tolerance=0.05)
@@ -214,7 +222,7 @@ class _Bench:
                 {
                     "factor": f,
                     "eps": eps,
-                    "metrics": self._scores(cached(eps), test, f"scores-{f}.jsonl"),
+                    "metrics": self._scores(cached(eps), test, f"scores-{eps}.jsonl"),
                 }
                 for f, eps in looks
             ],
@@ -224,17 +232,17 @@ class _Bench:
         return data.groups(self.splits[split], self.setup.draws, self.of.n_edits, limit)
 
     def _scores(
-        self, algorithm: Algorithm, records: Sequence[EditRequest], kept: str = ""
+        self, algorithm: Algorithm, records: Sequence[EditRequest], kept: str | None
     ) -> dict[str, Any]:
-        """The means of an evaluation, which can go on from the file ``kept`` if it has one."""
+        """The means of an evaluation; with a file ``kept`` it shows a bar, and can go on."""
         metrics = evaluate(
             algorithm,
             self.model,
             self.tokenizer,
             records,
-            progress=self.progress and bool(kept),
+            progress=self.progress and kept is not None,
             n_edits=self.of.n_edits,
-            kept=self.place.folder(self.of) / kept if kept else None,
+            kept=None if kept is None else self.place.folder(self.of) / kept,
         )
         return {name: value for name, value in metrics.to_dict().items() if name != "records"}
 

@@ -222,8 +222,9 @@ def test_no_second_derivative():
         grad.sum().backward()
 
 
-def test_backward_notices_a_changed_factor():
-    case = make_case(torch.float32, 5, 3, 7, 9)
+@pytest.mark.parametrize("rows", [(5, 3), (90, 80)], ids=["few", "many"])
+def test_backward_notices_a_changed_factor(rows):
+    case = make_case(torch.float32, *rows, 7, 9)
     y = op.side_path(case.x.requires_grad_(), *case.arguments()[1:])
     case.u.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -243,8 +244,9 @@ def test_compiles_whole(name, dtype):
         assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
 
 
-def test_autocast_and_inference_mode_change_nothing():
-    case = make_case(torch.float32, 20, 8, 48, 80)
+@pytest.mark.parametrize("rows", [(20, 8), (300, 200)], ids=["few", "many"])
+def test_autocast_and_inference_mode_change_nothing(rows):
+    case = make_case(torch.float32, *rows, 48, 80)
     plain = run("cpu", case)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         cast = run("cpu", case)
@@ -270,6 +272,10 @@ def test_threads_do_not_change_a_bit(rows):
 
 
 def test_alpha_may_be_of_another_precision():
+    case = make_case(torch.float32, 90, 80, 24, 40)  # streamed: the parts of a sum are not rounded
+    case.alpha = case.alpha.bfloat16()
+    exact = results(dense, case.map(Tensor.double))[4]
+    assert run("cpu", case)[4].double() == pytest.approx(float(exact), rel=2**-8)
     case = make_case(torch.bfloat16, 4, 3, 6, 7)
     case.alpha = torch.tensor(0.5).double()
     y, *gradients = run("cpu", case)
