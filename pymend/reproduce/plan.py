@@ -218,7 +218,7 @@ def _reduced(scale: Scale, quick: Mapping[str, Any]) -> Scale:
         for name, own in scale.algorithms.items()
     }
     most = quick.get("draws", math.inf)
-    # What a setup asks for beyond the usual is left out too.
+    # What a setup asks for beyond the usual is left out, unless it has a reduced version.
     return replace(
         scale,
         note=f"{scale.note} {quick['note']}",
@@ -227,7 +227,7 @@ def _reduced(scale: Scale, quick: Mapping[str, Any]) -> Scale:
             for name, s in scale.setups.items()
         },
         algorithms=algorithms,
-        overrides={},
+        overrides=quick.get("overrides", {}),
         batches=tuple(quick.get("batches", scale.batches)),
     )
 
