@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from pymend.algorithm import Algorithm, AnyEdit
 from pymend.capture import NonFiniteError
 from pymend.config import EditRequest
+from pymend.edit import SAMPLES
 from pymend.evaluation.kept import Kept
 from pymend.evaluation.metrics import Metrics, RecordScores, mean
 from pymend.files import digest, digest_of_tensors
@@ -28,7 +29,6 @@ from pymend.ops.token_losses import TokenLosses
 from pymend.tokens import IGNORE, Batch, EncodedRequest, Encoder, Row
 
 PPL_TOKENS = 256  # of the perplexity text, looked at under every edit
-LOOKED_AT = 1024  # elements of each tensor of a model that tell it from another
 
 
 @torch.no_grad()
@@ -120,7 +120,7 @@ def _identity(algorithm: Algorithm, model: nn.Module) -> dict[str, Any]:
     """What tells this algorithm and this model, here, from others."""
     # A look at every tensor: a merged edit changes nearly all elements of some.
     values = {
-        name: x.reshape(-1)[:: x.numel() // LOOKED_AT + 1] for name, x in model.state_dict().items()
+        name: x.reshape(-1)[:: x.numel() // SAMPLES + 1] for name, x in model.state_dict().items()
     }
     return {
         "algorithm": algorithm.identity(),
