@@ -485,11 +485,15 @@ METRICS = {
     "sm__warps_active.avg.pct_of_peak_sustained_active": "occupancy %",
     "l1tex__data_bank_conflicts_pipe_lsu_mem_shared.sum": "bank conflicts",
     "gpu__time_duration.sum": "ns",
+    "dram__throughput.avg.pct_of_peak_sustained_elapsed": "DRAM %",
+    "lts__throughput.avg.pct_of_peak_sustained_elapsed": "L2 %",
+    "l1tex__throughput.avg.pct_of_peak_sustained_active": "L1 %",
+    "sm__throughput.avg.pct_of_peak_sustained_elapsed": "SM %",
 }
 
 
 def counters(run: Run) -> None:
-    """DRAM bytes, occupancy and bank conflicts of our kernels, by ncu."""
+    """DRAM bytes, occupancy, bank conflicts and the busiest units of our kernels, by ncu."""
     tool = None if run.dry else shutil.which("ncu")
     if not (tool or run.dry):
         raise Skipped("ncu was not found")
@@ -526,7 +530,7 @@ def main(arguments: Sequence[str]) -> None:
         if not profile:
             call()
             operands.rivals["ours"]()
-        elif case.label["N"] != 1024 and case.label["model"] == "GPT-J 6B":
+        elif case.label["model"] == "GPT-J 6B":
             call()  # loads the kernels
             device.sync()
             if device.cuda:
