@@ -5,13 +5,14 @@
 
 STABLE_TORCH_LIBRARY(pymend, m) {
   // The rows (u, delta) of several weights, segment by segment: merged into the moments (if `merge`), then normalised
-  // with them. Returns z [rows, a + b] in `dtype`, rows in the order of the segments; a dead row gives a zero row.
+  // with them. Returns z [rows, a + b] in `dtype`, rows in the order of the segments, and which rows are live [rows]; a
+  // dead row, whose u or delta is zero throughout, gives a zero row.
   //   u: [n_i, a], delta: [n_i, b] of weight i, all of one dtype, float32 or float64; contiguous
   //   counts: [episodes * weights], rows of each segment, episode by episode and within one weight by weight
   //   mean, m2: [a + b] float64, contiguous; count: [] int64; written if `merge`
   m.def(
       "moments(Tensor[] u, Tensor[] delta, int[] counts, Tensor(a!) mean, Tensor(b!) m2, Tensor(c!) count, "
-      "bool merge, ScalarType dtype) -> Tensor");
+      "bool merge, ScalarType dtype) -> (Tensor, Tensor)");
   // weights[i] -= alpha[i] * sum_r delta[i][r] u[i][r]^T, in place; returns the fidelity per matrix, dtype of alpha.
   //   weights: [out, in], or [in, out] where transposed; all of one dtype; contiguous, not overlapping
   //   u: [n, in], delta: [n, out], alpha: [len(weights)]; float32, float64 for float64 weights; contiguous

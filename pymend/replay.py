@@ -85,17 +85,30 @@ class Replay:
         assert self.blocks is not None
         batch = Batch.of([Row(ids, answer=False) for ids in group], self.device)
         output: Any = None
+        first: Any = None
+        handed: list[Any] = []  # to the block after the first
         from_head: list[tuple[Tensor, int]] = []
 
         def keep(_module: nn.Module, _args: Any, result: Any) -> None:
             nonlocal output
             output = result
 
+        def keep_first(_module: nn.Module, _args: Any, result: Any) -> None:
+            nonlocal first
+            first = result
+
+        def see_inputs(_module: nn.Module, args: Any, kwargs: Any) -> None:
+            handed.extend(tree_flatten((args, kwargs))[0])
+
         def see(_module: nn.Module, _args: Any, result: Tensor) -> None:
             from_head.append((result, result._version))
 
         with ExitStack() as stack:
             stack.callback(self.blocks[self.cut - 1].register_forward_hook(keep).remove)
+            stack.callback(self.blocks[0].register_forward_hook(keep_first).remove)
+            for block in self.blocks[1:2]:
+                hook = block.register_forward_pre_hook(see_inputs, with_kwargs=True)
+                stack.callback(hook.remove)
             if is_plain(self._head):
                 stack.callback(self._head.register_forward_hook(see).remove)
             # The rest of the model would be thrown away: skip its blocks and give the head no row.
@@ -111,13 +124,16 @@ class Replay:
                 self._encoder(**batch.inputs)
         leaves, spec = tree_flatten(output)
         size = tuple(batch.inputs["input_ids"].shape)
-        tensors = [i for i, x in enumerate(leaves) if isinstance(x, Tensor)]
-        per_row = [
-            i for i in tensors if leaves[i].dim() == 3 and tuple(leaves[i].shape[:2]) == size
-        ]
+
+        def is_per_row(x: Tensor) -> bool:
+            return x.dim() == 3 and tuple(x.shape[:2]) == size
+
+        per_row = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and is_per_row(x)]
         self._shape = leaves, spec, per_row
         # T5's first block also makes the position bias, which later ones are handed: it runs live.
-        self._live = int(len(per_row) < len(tensors))
+        # Attention weights, which GPT-J's return too, are handed to nobody.
+        made = [x for x in tree_flatten(first)[0] if isinstance(x, Tensor) and not is_per_row(x)]
+        self._live = int(any(_share(x, y) for x in made for y in handed if isinstance(y, Tensor)))
         for i, ids in enumerate(group):
             self._states[ids] = [leaves[j][i, : len(ids)] for j in per_row]
 
@@ -180,3 +196,8 @@ class Replay:
             if self._head is not None and labels is not None:
                 stack.callback(self._head.register_forward_pre_hook(gather).remove)
             return self.model(**batch.inputs, **self._options).logits
+
+
+def _share(x: Tensor, y: Tensor) -> bool:
+    """Whether both look at the same memory."""
+    return x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()

@@ -27,46 +27,49 @@ _emu = pytest.importorskip("_emu", reason="the emulation module is not built (it
 ORDERS = [("reversed", 0)] + [("random", seed) for seed in range(5)]
 
 
-def some_case(dtype):
+KERNELS = [(dtype, "simt") for dtype in DTYPES]
+KERNELS += [(dtype, "mma") for dtype in SEEDED] + [(torch.bfloat16, "strip")]
+KERNEL_IDS = [f"{dtype}-{way}" for dtype, way in KERNELS]
+
+
+def some_case(dtype, way):
     """Tails in both directions, more than one stage of factors, more than one tile."""
+    if way == "strip":  # which takes whole tiles only
+        return make_case(dtype, [(128, 192), (64, 64), (0, 64), (64, 320)], [30, 1, 2, 0])
     return make_case(dtype, [(33, 70), (17, 31), (0, 3), (5, 260)], [35, 1, 2, 0])
 
 
-KERNELS = [(dtype, False) for dtype in DTYPES] + [(dtype, True) for dtype in SEEDED]
-KERNEL_IDS = [f"{dtype}{'-tensor-cores' * mma}" for dtype, mma in KERNELS]
-
-
-@pytest.mark.parametrize("dtype, mma", KERNELS, ids=KERNEL_IDS)
+@pytest.mark.parametrize("dtype, way", KERNELS, ids=KERNEL_IDS)
 @pytest.mark.parametrize("block", [32, 64, 256])
-def test_schedules_are_bit_equal(block, dtype, mma):
-    cases = [some_case(dtype) for _ in range(1 + len(ORDERS))]
-    plain = emulate(cases[0], block=block, mma=mma)
+def test_schedules_are_bit_equal(block, dtype, way):
+    cases = [some_case(dtype, way) for _ in range(1 + len(ORDERS))]
+    plain = emulate(cases[0], block=block, way=way)
     for case, (order, seed) in zip(cases[1:], ORDERS, strict=True):
-        assert torch.equal(emulate(case, block=block, mma=mma, order=order, seed=seed), plain)
+        assert torch.equal(emulate(case, block=block, way=way, order=order, seed=seed), plain)
         for a, b in zip(case.weights, cases[0].weights, strict=True):
             assert torch.equal(a, b), f"{order} {seed}"
 
 
-@pytest.mark.parametrize("dtype, mma", KERNELS, ids=KERNEL_IDS)
-def test_block_sizes_agree(dtype, mma):
+@pytest.mark.parametrize("dtype, way", KERNELS, ids=KERNEL_IDS)
+def test_block_sizes_agree(dtype, way):
     """An element's sum has one order whatever the block, so the weights are bit-equal."""
-    cases = {block: some_case(dtype) for block in (32, 64, 128, 256)}
-    fidelity = {block: emulate(case, block=block, mma=mma) for block, case in cases.items()}
+    cases = {block: some_case(dtype, way) for block in (32, 64, 128, 256)}
+    fidelity = {block: emulate(case, block=block, way=way) for block, case in cases.items()}
     for block, case in cases.items():
         for a, b in zip(case.weights, cases[32].weights, strict=True):
             assert torch.equal(a, b)
         torch.testing.assert_close(fidelity[block], fidelity[32], rtol=1e-6, atol=0)
-    assert_right("emu", some_case(dtype), mma=mma)
+    assert_right("emu", some_case(dtype, way), way=way)
 
 
 @pytest.mark.parametrize("dtype", SEEDED, ids=str)
 @pytest.mark.parametrize("name", samples(torch.bfloat16))
 def test_tensor_cores(name, dtype):
     """Fragments' index maps, the split of a float into two bfloat16, tails, random rounding."""
-    assert_right("emu", samples(dtype)[name], mma=True)
+    assert_right("emu", samples(dtype)[name], way="mma")
     case = samples(dtype)[name]
     case.seed = 5
-    (ours, _), (theirs, _) = run("emu", case, mma=True), run("eager", case)
+    (ours, _), (theirs, _) = run("emu", case, way="mma"), run("eager", case)
     for a, b in zip(ours, theirs, strict=True):
         beside = (a.double() - b.double()).abs() <= b.double().abs() * torch.finfo(dtype).eps
         # A sum just beside its draw may go either way.
@@ -74,13 +77,30 @@ def test_tensor_cores(name, dtype):
         assert beside.all()
 
 
-def test_tensor_cores_by_hand():
-    """Every element of a product of small integers, more than one step of k: exact in bfloat16."""
+@pytest.mark.parametrize("rows", [1, 16, 17, 32])
+@pytest.mark.parametrize("shape", [(64, 64), (128, 64), (320, 704)], ids=str)
+def test_strips(shape, rows):
+    """Shorter and longer than a strip, one step and two, a block's last warps without columns."""
+    assert_right("emu", make_case(torch.bfloat16, [shape, shape[::-1]], [rows, 5]), way="strip")
+
+
+@pytest.mark.parametrize("way, rows", [("strip", 32), ("strip", 16), ("mma", 40)])
+def test_tensor_cores_by_hand(way, rows):
+    """Every element of a product of small integers, more than one strip: exact in bfloat16."""
     generator = torch.Generator().manual_seed(0)
-    u, delta = (torch.randint(-2, 3, (40, d), generator=generator).float() for d in (70, 66))
-    case = Case([torch.zeros(66, 70).bfloat16()], [u], [delta], torch.tensor([-1.0]), [False])
-    emulate(case, mma=True)
+    a, b = (192, 160) if way == "strip" else (70, 150)
+    u, delta = (torch.randint(-2, 3, (rows, d), generator=generator).float() for d in (a, b))
+    case = Case([torch.zeros(b, a).bfloat16()], [u], [delta], torch.tensor([-1.0]), [False])
+    emulate(case, way=way)
     assert torch.equal(case.weights[0].float(), delta.t() @ u)
+
+
+def test_strips_and_tiles_agree():
+    """They differ in what they keep, not in a bit of what they write."""
+    cases = [make_case(torch.bfloat16, [(160, 320)], [20]) for _ in range(2)]
+    emulate(cases[0], way="strip", block=128)
+    emulate(cases[1], way="mma", block=32)
+    assert torch.equal(cases[0].weights[0], cases[1].weights[0])
 
 
 def test_arguments_are_refused():
@@ -89,6 +109,10 @@ def test_arguments_are_refused():
             emulate(make_case(torch.float32, [(2, 2)], [1]), **options)
     with pytest.raises(ValueError, match="32 matrices"):
         emulate(make_case(torch.float32, [(1, 1)] * 33, [1] * 33))
+    wrong = [("up", (64, 64), 1), ("strip", (64, 64), 33), ("strip", (64, 72), 1)]
+    for way, shape, rows in wrong:
+        with pytest.raises(ValueError, match=r"way is 'up'|32 rows of factors, sides"):
+            emulate(make_case(torch.bfloat16, [shape], [rows]), way=way)
 
 
 def reverse(fault: str, order: str = "forward") -> torch.Tensor:

@@ -88,10 +88,31 @@ MORE_FAULTS = {
     "factors of the former tile": Fault(
         "rank_update", RANK_UPDATE_MMA, "      of_rows += Tile::ROWS / UNIT", "      of_rows += 0"
     ),
+    "weights of the next turns not read ahead": Fault(
+        "rank_update",
+        RANK_UPDATE_MMA,
+        "if (turn + AHEAD < last)",
+        "if (turn + 2 * AHEAD < last)",
+    ),
+    "factors of the former turn": Fault(
+        "rank_update", RANK_UPDATE_MMA, "of_rows += STEPS * PARTS * WARP;", "of_rows += 0;"
+    ),
+    "factors of the first column step twice": Fault(
+        "rank_update",
+        RANK_UPDATE_MMA,
+        "b[i / 8][i % 8 / 2], i % 2)",
+        "b[0][i % 8 / 2], i % 2)",
+    ),
+    "a row in the segment before": Fault(
+        "moments", "kernels/moments.cuh", ".first <= row) found", ".first < row) found"
+    ),
+    "segments from the second on": Fault(
+        "moments", "kernels/moments.cuh", "int found = 0;", "int found = count > 1;"
+    ),
     "low parts forgotten": Fault(
         "rank_update",
         RANK_UPDATE_MMA,
-        "mma_bf16(c, a[i / 2][0].of, low);",
+        "mma_bf16(sum, a[0].of, low);",
         "",
     ),
     "tile of the wrong matrix": Fault(

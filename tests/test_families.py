@@ -20,6 +20,8 @@ from tiny import (
     tiny_mend,
     tokenizer,
 )
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from pymend import Trainer
 from pymend.config import TrainConfig
@@ -197,14 +199,32 @@ def test_replayed_logits_are_plain_logits_bit_for_bit(family: str) -> None:
     plain = logits_of(model, rows).flatten(0, 1)
     with frozen(model), torch.no_grad():
         replay = Replay(model, find_weights(model))
-        assert replay.cut == len(find_blocks(model)[1]) - 3
+        blocks = find_blocks(model)[1]
+        assert replay.cut == len(blocks) - 3
         replay.load(rows)
         assert torch.equal(replayed_logits(replay, Batch.of(rows)), plain)
         # And with one weight of the last block, so that nearly all is prefix.
         replay = Replay(model, find_weights(model)[-1:])
-        assert replay.cut == len(find_blocks(model)[1]) - 1
+        assert replay.cut == len(blocks) - 1
         replay.load(rows)
         assert torch.equal(replayed_logits(replay, Batch.of(rows)), plain)
+
+
+@families
+def test_no_block_below_the_cut_runs_again(family: str) -> None:
+    """Not even the first, though GPT-J's returns attention weights beside its states."""
+    model = model_of(family)
+    rows = [Row((4, 5, 6, 7), 0, answer=False)]
+    ran = []
+    with frozen(model), torch.no_grad():
+        replay = Replay(model, find_weights(model))
+        replay.load(rows)
+        for number, block in enumerate(find_blocks(model)[1]):
+            for module in block.modules():
+                if isinstance(module, nn.Linear | Conv1D):
+                    module.register_forward_hook(lambda *_, number=number: ran.append(number))
+        replayed_logits(replay, Batch.of(rows))
+    assert sorted(set(ran)) == [replay.cut + i for i in range(3)]
 
 
 def test_patterns_choose_weights_in_the_order_of_the_model() -> None:

@@ -54,8 +54,8 @@ def beyond(x: Tensor, bits: int = 31) -> Tensor:
 
 @linux
 @pytest.mark.parametrize("seeded", [False, True], ids=["nearest", "random"])
-@pytest.mark.parametrize("mma", [False, True], ids=["simt", "tensor cores"])
-def test_rank_update(_emu, mma, seeded):
+@pytest.mark.parametrize("way", ["simt", "mma"])
+def test_rank_update(_emu, way, seeded):
     """The second of two matrices; random rounding at positions above 2^32."""
     dtype = torch.bfloat16
     weight = beyond(reserved(2**17 + 9, 2**15 + 5, dtype=dtype), 32)
@@ -72,7 +72,7 @@ def test_rank_update(_emu, mma, seeded):
     fidelity = torch.zeros(2)
     _emu.rank_update(
         "bfloat16", matrices, alpha.data_ptr(), fidelity.data_ptr(),
-        block=128, random=seeded, mma=mma, order="last",
+        block=128, random=seeded, way=way, order="last",
     )  # fmt: skip
     wanted = before - 0.3 * (row[:, -3:].t() @ col[:, -5:])
     if seeded:

@@ -4,6 +4,7 @@
 #include "cpu/moments_rows.h"
 
 #include <algorithm>
+#include <tuple>
 
 #include "cpu/level.h"
 #include "glue/moments.h"
@@ -17,15 +18,15 @@ bool any_nonzero(const T* row, int64_t width) {
 }
 
 template <typename T, typename O>
-Tensor run(const MomentsArguments& x) {
+MomentsResult run(const MomentsArguments& x) {
   static const auto normalise_columns = choose_level<NormaliseColumns<T, O>>(PYMEND_LEVELS(normalise_columns));
   const auto segments = gather_segments<T>(x);
   const int64_t a = x.a(), b = x.b();
   const int64_t rows = segments.empty() ? 0 : segments.back().first + segments.back().rows;
-  Tensor z = torch::stable::new_empty(x.mean, {rows, a + b}, x.dtype);
+  const MomentsResult result = empty_moments_result(x, rows);
+  auto* live = static_cast<uint8_t*>(result.live.mutable_data_ptr());
   auto& count = *static_cast<int64_t*>(x.count.mutable_data_ptr());
 
-  std::vector<uint8_t> live(rows);
   std::vector<int64_t> kept;
   int64_t seen = count;
   for (const auto& segment : segments) {
@@ -38,7 +39,7 @@ Tensor run(const MomentsArguments& x) {
   }
   const MomentsTask<T, O> task{segments.data(),
                                static_cast<int64_t>(segments.size()),
-                               live.data(),
+                               live,
                                kept.data(),
                                a,
                                b,
@@ -46,7 +47,7 @@ Tensor run(const MomentsArguments& x) {
                                static_cast<double*>(x.m2.mutable_data_ptr()),
                                count,
                                x.merge,
-                               static_cast<O*>(z.mutable_data_ptr())};
+                               static_cast<O*>(result.z.mutable_data_ptr())};
   const int64_t spans_of_u = (a + SPAN - 1) / SPAN, spans = spans_of_u + (b + SPAN - 1) / SPAN;
   parallel_for(0, spans, 1, [&](int64_t first, int64_t last) {
     for (int64_t span = first; span < last; ++span) {
@@ -56,13 +57,14 @@ Tensor run(const MomentsArguments& x) {
     }
   });
   if (x.merge) count = seen;
-  return z;
+  return result;
 }
 
-Tensor moments(std::vector<Tensor> u, std::vector<Tensor> delta, std::vector<int64_t> counts, Tensor mean, Tensor m2,
+std::tuple<Tensor, Tensor> moments(std::vector<Tensor> u, std::vector<Tensor> delta, std::vector<int64_t> counts, Tensor mean, Tensor m2,
                Tensor count, bool merge, ScalarType dtype) {
   const MomentsArguments x{u, delta, counts, mean, m2, count, merge, dtype};
-  return by_dtypes(x, [&](auto row, auto out) { return run<decltype(row), decltype(out)>(x); });
+  const MomentsResult result = by_dtypes(x, [&](auto row, auto out) { return run<decltype(row), decltype(out)>(x); });
+  return {result.z, result.live};
 }
 
 }  // namespace

@@ -1,6 +1,8 @@
 // moments on CUDA tensors: checks, launches on torch's current stream.
 #include "kernels/moments.cuh"
 
+#include <tuple>
+
 #include "glue/moments.h"
 
 namespace pymend {
@@ -10,17 +12,16 @@ constexpr int ROWS_BLOCK = 256;
 constexpr int COLUMNS_BLOCK = 64;  // a few thousand columns: small blocks spread them over the device
 
 template <typename T, typename O>
-Tensor run(const MomentsArguments& x) {
+MomentsResult run(const MomentsArguments& x) {
   const auto segments = gather_segments<T>(x);
   const DeviceGuard guard(x.mean.get_device_index());
   const auto stream = static_cast<Stream>(current_stream(x.mean.get_device_index()));
   const int64_t columns = x.a() + x.b();
   const int64_t rows = segments.empty() ? 0 : segments.back().first + segments.back().rows;
-  Tensor z = torch::stable::new_empty(x.mean, {rows, columns}, x.dtype);
-  if (rows == 0 || columns == 0) return z;
-  Tensor live = torch::stable::new_empty(x.mean, {rows}, ScalarType::Byte);
+  const MomentsResult result = empty_moments_result(x, rows);
+  if (rows == 0 || columns == 0) return result;
   Tensor before = torch::stable::new_empty(x.mean, {1}, ScalarType::Long);
-  auto* live_ptr = static_cast<uint8_t*>(live.mutable_data_ptr());
+  auto* live_ptr = static_cast<uint8_t*>(result.live.mutable_data_ptr());
   auto* before_ptr = static_cast<int64_t*>(before.mutable_data_ptr());
   auto* count_ptr = static_cast<int64_t*>(x.count.mutable_data_ptr());
 
@@ -36,17 +37,18 @@ Tensor run(const MomentsArguments& x) {
            count_ptr, before_ptr, live_ptr);
     launch(moments_kernel<T, O, COLUMNS_BLOCK>, column_blocks, COLUMNS_BLOCK, 0, stream, list, live_ptr, before_ptr,
            static_cast<double*>(x.mean.mutable_data_ptr()), static_cast<double*>(x.m2.mutable_data_ptr()), count_ptr,
-           x.merge, static_cast<O*>(z.mutable_data_ptr()));
+           x.merge, static_cast<O*>(result.z.mutable_data_ptr()));
   }
   const cudaError_t error = cudaGetLastError();
   PYMEND_CHECK(error == cudaSuccess, "moments could not be launched: ", cudaGetErrorString(error));
-  return z;
+  return result;
 }
 
-Tensor moments(std::vector<Tensor> u, std::vector<Tensor> delta, std::vector<int64_t> counts, Tensor mean, Tensor m2,
+std::tuple<Tensor, Tensor> moments(std::vector<Tensor> u, std::vector<Tensor> delta, std::vector<int64_t> counts, Tensor mean, Tensor m2,
                Tensor count, bool merge, ScalarType dtype) {
   const MomentsArguments x{u, delta, counts, mean, m2, count, merge, dtype};
-  return by_dtypes(x, [&](auto row, auto out) { return run<decltype(row), decltype(out)>(x); });
+  const MomentsResult result = by_dtypes(x, [&](auto row, auto out) { return run<decltype(row), decltype(out)>(x); });
+  return {result.z, result.live};
 }
 
 }  // namespace

@@ -10,28 +10,44 @@ namespace pymend {
 namespace {
 
 constexpr int BLOCK = 256;
-constexpr int MMA_BLOCK = 128;  // tiles of 64 x 128 elements
-// A block goes down so many tiles that there is work for about three waves of blocks, and at most these.
+constexpr int MMA_BLOCK = 128;
+// A block goes down so many tiles of its kernel that there is work for about three waves of blocks, and at most these.
 constexpr int64_t LONGEST_STRIP = 8, TILES_FOR_WAVES = 132 * 3 * 3;
 
-// Gathers matrices for one of the two kernels and launches it whenever a list is full.
+enum class Way { Simt, Strip, Mma };
+
+template <typename T>
+Way way_of(const RankUpdate<T>& matrix, bool random) {
+  if (sizeof(T) != 2 || matrix.n <= FEW) return Way::Simt;
+  return fits_strip(matrix, random) ? Way::Strip : Way::Mma;
+}
+
+// Elements of a tile of each way.
+struct Shape {
+  int64_t rows, cols;
+};
+template <typename T>
+Shape tile_of(Way way) {
+  if (way == Way::Simt) return {OuterTile<Acc<T>, BLOCK>::ROWS, OuterTile<Acc<T>, BLOCK>::COLS};
+  if (way == Way::Strip) return {AHEAD * UNIT, STRIP_COLS<MMA_BLOCK>};
+  return {MmaTile<MMA_BLOCK>::ROWS, MmaTile<MMA_BLOCK>::COLS};
+}
+
+// Gathers matrices for one of the kernels and launches it whenever a list is full.
 template <typename T>
 struct Launcher {
   const Acc<T>* step;
   Acc<T>* fidelity;
   const Tensor& alpha;
   Stream stream;
-  bool random, few;
-  int strip;
+  bool random;
+  Way way;
+  int64_t strip;  // tiles of a block
   RankUpdateList<T> list;
 
   void add(const RankUpdate<T>& matrix) {
     if (list.count == MAX_MATRICES) run();
-    if (few) {
-      append(list, matrix, OuterTile<Acc<T>, BLOCK>::ROWS, OuterTile<Acc<T>, BLOCK>::COLS);
-    } else {
-      append(list, matrix, strip * MmaTile<MMA_BLOCK>::ROWS, MmaTile<MMA_BLOCK>::COLS);
-    }
+    append(list, matrix, strip * tile_of<T>(way).rows, tile_of<T>(way).cols);
   }
 
   void run() {
@@ -48,30 +64,39 @@ struct Launcher {
   void update(Kept* kept) {
     auto* simt = rank_update_kernel<T, BLOCK, false>;
     if constexpr (sizeof(T) == 2) {
-      if (!few) {
-        PackedFactors packed = place_factors(list);
-        const int64_t units = packed.first[list.count];
-        Tensor words = torch::stable::new_empty(alpha, {units * UNIT_WORDS}, ScalarType::Int);
-        packed.words = static_cast<uint32_t*>(words.mutable_data_ptr());
-        launch(pack_factors_kernel<T, BLOCK>, ceil_div(units, BLOCK / WARP), BLOCK, 0, stream, list, packed);
-        auto* mma = random ? rank_update_mma_kernel<T, MMA_BLOCK, true> : rank_update_mma_kernel<T, MMA_BLOCK, false>;
-        launch(mma, list.tiles, MMA_BLOCK, sizeof(RankUpdateMmaShared<MMA_BLOCK>), stream, list, packed, step, strip,
-               kept);
-        return;
-      }
+      if (way != Way::Simt) return update_by_mma(kept);
       if (random) simt = rank_update_kernel<T, BLOCK, true>;
     }
     launch(simt, list.tiles, BLOCK, sizeof(RankUpdateShared<T, BLOCK>), stream, list, step, kept);
   }
+
+  void update_by_mma(Kept* kept) {
+    PackedFactors packed = place_factors(list, way == Way::Strip ? HELD_STEPS : 1);
+    const int64_t units = packed.first[list.count];
+    Tensor words = torch::stable::new_empty(alpha, {units * UNIT_WORDS}, ScalarType::Int);
+    packed.words = static_cast<uint32_t*>(words.mutable_data_ptr());
+    launch(pack_factors_kernel<T, BLOCK>, ceil_div(units, BLOCK / WARP), BLOCK, 0, stream, list, packed);
+    auto* kernel = random ? rank_update_mma_kernel<T, MMA_BLOCK, true> : rank_update_mma_kernel<T, MMA_BLOCK, false>;
+    int turns = static_cast<int>(strip);
+    if constexpr (std::is_same<T, Bf16>::value) {
+      if (way == Way::Strip) {
+        kernel = rank_update_strip_kernel<MMA_BLOCK>;
+        turns *= AHEAD;
+      }
+    }
+    launch(kernel, list.tiles, MMA_BLOCK, sizeof(RankUpdateMmaShared<MMA_BLOCK>), stream, list, packed, step, turns,
+           kept);
+  }
 };
 
 template <typename T>
-int strip_for(const std::vector<RankUpdate<T>>& matrices) {
+int64_t strip_for(const std::vector<RankUpdate<T>>& matrices, Way way) {
+  if (way == Way::Simt) return 1;
   int64_t tiles = 0;
   for (const auto& m : matrices) {
-    tiles += ceil_div(m.rows, MmaTile<MMA_BLOCK>::ROWS) * ceil_div(m.cols, MmaTile<MMA_BLOCK>::COLS);
+    tiles += ceil_div(m.rows, tile_of<T>(way).rows) * ceil_div(m.cols, tile_of<T>(way).cols);
   }
-  return static_cast<int>(std::clamp(tiles / TILES_FOR_WAVES, int64_t{1}, LONGEST_STRIP));
+  return std::clamp(tiles / TILES_FOR_WAVES, int64_t{1}, way == Way::Strip ? LONGEST_STRIP / AHEAD : LONGEST_STRIP);
 }
 
 template <typename T>
@@ -85,10 +110,10 @@ Tensor run(const std::vector<Tensor>& weights, const std::vector<Tensor>& u, con
   auto* fidelity_ptr = static_cast<Acc<T>*>(fidelity.mutable_data_ptr());
 
   const bool random = !seeds.empty();
-  for (const bool few : {true, false}) {
-    Launcher<T> next{step, fidelity_ptr, alpha, stream, random, few, strip_for(matrices)};
+  for (const Way way : {Way::Simt, Way::Strip, Way::Mma}) {
+    Launcher<T> next{step, fidelity_ptr, alpha, stream, random, way, strip_for(matrices, way)};
     for (const auto& matrix : matrices) {
-      if ((matrix.n <= FEW || sizeof(T) != 2) == few) next.add(matrix);
+      if (way_of(matrix, random) == way) next.add(matrix);
     }
     next.run();
   }

@@ -14,15 +14,30 @@ namespace {
 // weight, row, col (addresses), rows, cols, n, seed: see RankUpdate
 using Matrix = std::tuple<uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t, uint64_t>;
 
+enum class Way { Simt, Strip, Mma };
+
+Way parse_way(const std::string& way) {
+  if (way == "simt") return Way::Simt;
+  if (way == "strip") return Way::Strip;
+  if (way == "mma") return Way::Mma;
+  throw std::invalid_argument("way is '" + way + "', expected simt, strip or mma");
+}
+
 template <typename T, int BLOCK>
-void rank_update_on(const std::vector<Matrix>& matrices, uintptr_t alpha, uintptr_t fidelity, bool random, bool mma,
+void rank_update_on(const std::vector<Matrix>& matrices, uintptr_t alpha, uintptr_t fidelity, bool random, Way way,
                     const Schedule& schedule) {
-  constexpr int STRIP = 2;
+  constexpr int TURNS = 2 * AHEAD, TILES = 2;  // of a strip
   using Simt = OuterTile<Acc<T>, BLOCK>;
+  const int64_t tile_rows = way == Way::Simt ? Simt::ROWS : way == Way::Strip ? TURNS * UNIT : TILES * MmaTile<BLOCK>::ROWS;
+  const int64_t tile_cols = way == Way::Simt ? Simt::COLS : way == Way::Strip ? STRIP_COLS<BLOCK> : MmaTile<BLOCK>::COLS;
   RankUpdateList<T> list;
   for (const auto& [weight, row, col, rows, cols, n, seed] : matrices) {
-    append(list, {at<T>(weight), at<const Acc<T>>(row), at<const Acc<T>>(col), rows, cols, n, list.count, 0, seed},
-           mma ? STRIP * MmaTile<BLOCK>::ROWS : Simt::ROWS, mma ? MmaTile<BLOCK>::COLS : Simt::COLS);
+    const RankUpdate<T> matrix{at<T>(weight), at<const Acc<T>>(row), at<const Acc<T>>(col), rows, cols, n, list.count, 0,
+                               seed};
+    if (way == Way::Strip && !fits_strip(matrix, random)) {
+      throw std::invalid_argument("a strip takes bfloat16 to nearest, 32 rows of factors, sides that are multiples of 32 and 64");
+    }
+    append(list, matrix, tile_rows, tile_cols);
   }
   std::vector<Kept> partial(list.tiles);
   const auto run = [&](auto* kernel, size_t shared) {
@@ -30,8 +45,8 @@ void rank_update_on(const std::vector<Matrix>& matrices, uintptr_t alpha, uintpt
   };
   const size_t simt_shared = sizeof(RankUpdateShared<T, BLOCK>);
   if constexpr (sizeof(T) == 2) {
-    if (mma) {
-      PackedFactors packed = place_factors(list);
+    if (way != Way::Simt) {
+      PackedFactors packed = place_factors(list, way == Way::Strip ? HELD_STEPS : 1);
       const int64_t units = packed.first[list.count];
       std::vector<Four<uint32_t>> words(units * UNIT_WORDS / 4);
       packed.words = reinterpret_cast<uint32_t*>(words.data());
@@ -39,11 +54,16 @@ void rank_update_on(const std::vector<Matrix>& matrices, uintptr_t alpha, uintpt
       if (whole.order == Schedule::last) whole.order = Schedule::forward;
       launch(pack_factors_kernel<T, BLOCK>, ceil_div(units, BLOCK / WARP), BLOCK, 0, &whole, list, packed);
       auto* kernel = random ? rank_update_mma_kernel<T, BLOCK, true> : rank_update_mma_kernel<T, BLOCK, false>;
+      if constexpr (std::is_same<T, Bf16>::value) {
+        if (way == Way::Strip) kernel = rank_update_strip_kernel<BLOCK>;
+      }
       launch(kernel, list.tiles, BLOCK, sizeof(RankUpdateMmaShared<BLOCK>), &schedule, list, packed,
-             at<const float>(alpha), STRIP, partial.data());
+             at<const float>(alpha), way == Way::Strip ? TURNS : TILES, partial.data());
+    } else if (random) {
+      run(rank_update_kernel<T, BLOCK, true>, simt_shared);
+    } else {
+      run(rank_update_kernel<T, BLOCK, false>, simt_shared);
     }
-    if (!mma && random) run(rank_update_kernel<T, BLOCK, true>, simt_shared);
-    if (!mma && !random) run(rank_update_kernel<T, BLOCK, false>, simt_shared);
   } else {
     run(rank_update_kernel<T, BLOCK, false>, simt_shared);
   }
@@ -52,30 +72,33 @@ void rank_update_on(const std::vector<Matrix>& matrices, uintptr_t alpha, uintpt
 }
 
 template <typename T>
-void rank_update_in(const std::vector<Matrix>& matrices, uintptr_t alpha, uintptr_t fidelity, int block, bool random, bool mma,
-                    const Schedule& schedule) {
-  if (mma && sizeof(T) != 2) throw std::invalid_argument("tensor cores serve bfloat16 and float16 weights");
+void rank_update_in(const std::vector<Matrix>& matrices, uintptr_t alpha, uintptr_t fidelity, int block, bool random,
+                    Way way, const Schedule& schedule) {
+  if (way != Way::Simt && sizeof(T) != 2) {
+    throw std::invalid_argument("tensor cores serve bfloat16 and float16 weights");
+  }
   switch (block) {
     case 32:
-      return rank_update_on<T, 32>(matrices, alpha, fidelity, random, mma, schedule);
+      return rank_update_on<T, 32>(matrices, alpha, fidelity, random, way, schedule);
     case 64:
-      return rank_update_on<T, 64>(matrices, alpha, fidelity, random, mma, schedule);
+      return rank_update_on<T, 64>(matrices, alpha, fidelity, random, way, schedule);
     case 128:
-      return rank_update_on<T, 128>(matrices, alpha, fidelity, random, mma, schedule);
+      return rank_update_on<T, 128>(matrices, alpha, fidelity, random, way, schedule);
     case 256:
-      return rank_update_on<T, 256>(matrices, alpha, fidelity, random, mma, schedule);
+      return rank_update_on<T, 256>(matrices, alpha, fidelity, random, way, schedule);
   }
   throw std::invalid_argument("block is " + std::to_string(block) + ", expected 32, 64, 128 or 256");
 }
 
 void rank_update(const std::string& dtype, const std::vector<Matrix>& matrices, uintptr_t alpha, uintptr_t fidelity,
-                 int block, bool random, bool mma, const std::string& order, uint64_t seed) {
+                 int block, bool random, const std::string& way, const std::string& order, uint64_t seed) {
   if (matrices.size() > MAX_MATRICES) throw std::invalid_argument("one launch takes 32 matrices");
   const auto schedule = parse_schedule(order, seed);
-  if (dtype == "float64") return rank_update_in<double>(matrices, alpha, fidelity, block, random, mma, schedule);
-  if (dtype == "float32") return rank_update_in<float>(matrices, alpha, fidelity, block, random, mma, schedule);
-  if (dtype == "bfloat16") return rank_update_in<Bf16>(matrices, alpha, fidelity, block, random, mma, schedule);
-  if (dtype == "float16") return rank_update_in<Fp16>(matrices, alpha, fidelity, block, random, mma, schedule);
+  const Way by = parse_way(way);
+  if (dtype == "float64") return rank_update_in<double>(matrices, alpha, fidelity, block, random, by, schedule);
+  if (dtype == "float32") return rank_update_in<float>(matrices, alpha, fidelity, block, random, by, schedule);
+  if (dtype == "bfloat16") return rank_update_in<Bf16>(matrices, alpha, fidelity, block, random, by, schedule);
+  if (dtype == "float16") return rank_update_in<Fp16>(matrices, alpha, fidelity, block, random, by, schedule);
   throw std::invalid_argument("dtype is '" + dtype + "'");
 }
 
@@ -85,7 +108,7 @@ void bind_rank_update(pybind11::module_& m) {
   namespace py = pybind11;
   m.def("rank_update", &rank_update, py::arg("dtype"), py::arg("matrices"), py::arg("alpha"), py::arg("fidelity"),
         py::arg("block") = 64, py::arg("random") = false,
-        py::arg("mma") = false, py::arg("order") = "forward", py::arg("seed") = 0);
+        py::arg("way") = "simt", py::arg("order") = "forward", py::arg("seed") = 0);
 }
 
 }  // namespace emu

@@ -20,6 +20,15 @@ struct MomentsArguments {
   int64_t b() const { return delta[0].size(1); }
 };
 
+struct MomentsResult {
+  Tensor z, live;
+};
+
+inline MomentsResult empty_moments_result(const MomentsArguments& x, int64_t rows) {
+  return {torch::stable::new_empty(x.mean, {rows, x.a() + x.b()}, x.dtype),
+          torch::stable::new_empty(x.mean, {rows}, ScalarType::Bool)};
+}
+
 // Shapes and dtypes as the schema in ops.cpp says; called before anything is written.
 template <typename T>
 std::vector<Segment<T>> gather_segments(const MomentsArguments& x) {
@@ -60,7 +69,7 @@ std::vector<Segment<T>> gather_segments(const MomentsArguments& x) {
 
 // Returns run(T(), O()) for the types T of the rows and O of z.
 template <typename Run>
-Tensor by_dtypes(const MomentsArguments& x, Run run) {
+MomentsResult by_dtypes(const MomentsArguments& x, Run run) {
   PYMEND_CHECK(!x.u.empty(), "u is empty");
   const ScalarType rows = x.u[0].scalar_type();
   PYMEND_CHECK(rows == ScalarType::Float || rows == ScalarType::Double, "u[0] has dtype ", name_of(rows),

@@ -3,7 +3,8 @@
 // Formula    math/moments.h (MEND, Mitchell et al. 2022, section 3.2), in double.
 // Layout     live_rows_kernel: one block per row. moments_kernel: one thread per column walks the segments in order; it
 //            reads a segment three times, from L1 or L2 after the first. Neighbouring threads read neighbouring columns.
-//            Where nothing is merged, rows do not depend on each other: a thread takes ROWS_APART of its column.
+//            Where nothing is merged, rows do not depend on each other: a thread takes ROWS_APART of its column, and
+//            looks up their segment, since to walk through all of them would take longer than the rows.
 //            A launch takes 120 segments; a further launch goes on with the moments that the last one wrote.
 // Bytes      R (a + b) (2 sizeof(T) + sizeof(O)) for R rows, the second reading by and large from L2; 32 (a + b).
 // Caller     Operands as in Segment<T>; blockDim = BLOCK; shared memory of LiveRowsShared for live_rows_kernel; `live`
@@ -25,6 +26,15 @@ struct SegmentList {  // of one segment at least
   Segment<T> item[MAX_SEGMENTS];
   int count = 0;
   int64_t a = 0, b = 0;
+
+  // The last segment that does not begin after `row` of z, which has rows if any does.
+  PYMEND_INLINE int segment_of(int64_t row) const {
+    int found = 0;
+    for (int step = 64; step > 0; step /= 2) {
+      if (found + step < count && item[found + step].first <= row) found += step;
+    }
+    return found;
+  }
 
   PYMEND_INLINE int64_t first() const { return item[0].first; }
   PYMEND_INLINE int64_t end() const { return item[count - 1].first + item[count - 1].rows; }
@@ -61,9 +71,7 @@ __global__ void live_rows_kernel(const __grid_constant__ SegmentList<T> list, co
   if (blockIdx.x == 0 && threadIdx.x == 0) *before = *count;
   const int64_t row = list.first() + blockIdx.x;
   if (row >= list.end()) return;  // the whole block
-  int i = 0;
-  while (row >= list.item[i].first + list.item[i].rows) ++i;
-  const Segment<T>& segment = list.item[i];
+  const Segment<T>& segment = list.item[list.segment_of(row)];
   const int u = warp_any_nonzero<BLOCK>(segment.u + (row - segment.first) * list.a, list.a);
   const int delta = warp_any_nonzero<BLOCK>(segment.delta + (row - segment.first) * list.b, list.b);
   if (threadIdx.x % WARP == 0) {
@@ -92,7 +100,7 @@ __global__ void moments_kernel(const __grid_constant__ SegmentList<T> list, cons
   ColumnMoments moments{mean[column], m2[column]};
   int64_t seen = *before;
   double inverse = moments.inverse(static_cast<double>(seen));
-  for (int s = 0; s < list.count; ++s) {
+  for (int s = merge ? 0 : list.segment_of(begin); s < list.count && list.item[s].first < end; ++s) {
     const Segment<T>& segment = list.item[s];
     const Column<T> x(segment, list.a, list.b, column);
     const uint8_t* alive = live + segment.first;

@@ -7,8 +7,12 @@
 //            rank_update_mma_kernel a warp owns 32 x 64 elements, a block goes down a strip of such tiles, whose
 //            columns' factors it finds in L1. Columns are dealt to the products so that a lane holds 8 neighbours:
 //            weights are read and written 16 bytes a lane, and read one tile ahead, during the product before.
+//            Up to HELD rows of factors, rank_update_strip_kernel keeps those of its columns in registers for the whole
+//            strip, and so reads only those of its rows again; weights are read AHEAD turns of 16 rows before. Edges
+//            would take more registers than there are, as would float16 and random bits: it is for bfloat16, rounded to
+//            nearest, and for sides that are multiples of 32 and 64.
 // Bytes      4 per element of W; 4 n (rows + columns) for the packed factors, written once; a strip reads 4 n (its rows
-//            for each pair of warps + its columns) from L2.
+//            for each pair of warps, or for each, + its columns) from L2.
 // Caller     Operands as in RankUpdate<T>, no two weights overlapping; `packed` has room for total() units; blockDim =
 //            BLOCK; shared memory of RankUpdateMmaShared; `partial` holds one Kept per tile; pack_factors_kernel before
 //            and fidelity_kernel afterwards, same stream.
@@ -29,26 +33,31 @@ constexpr int UNIT_WORDS = PARTS * UNIT * UNIT / 2;  // a word has two neighbour
 struct PackedFactors {
   uint32_t* words;
   int64_t first[MAX_MATRICES + 1];  // units before those of each matrix, which are [row or column / 16][step]
+  int64_t least_steps;              // of a matrix; those past its rows of factors are zeros
 
   PYMEND_INLINE int matrix_of(int64_t unit) const {
     int i = 0;
     while (unit >= first[i + 1]) ++i;
     return i;
   }
+  PYMEND_INLINE int64_t steps_of(int64_t n) const {
+    const int64_t steps = ceil_div(n, UNIT);
+    return steps < least_steps ? least_steps : steps;
+  }
 };
 
-PYMEND_INLINE int64_t steps_of(int64_t n) { return ceil_div(n, UNIT); }
 // Whole tiles of a warp.
 PYMEND_INLINE int64_t row_units(int64_t rows) { return ceil_div(rows, 32) * 32 / UNIT; }
 PYMEND_INLINE int64_t col_units(int64_t cols) { return ceil_div(cols, 64) * 64 / UNIT; }
 
 // Where each matrix of the list has its units; words is left to the caller.
 template <typename T>
-PackedFactors place_factors(const RankUpdateList<T>& list) {
+PackedFactors place_factors(const RankUpdateList<T>& list, int64_t least_steps) {
   PackedFactors packed{};
+  packed.least_steps = least_steps;
   for (int i = 0; i < list.count; ++i) {
     const RankUpdate<T>& m = list.item[i];
-    packed.first[i + 1] = packed.first[i] + (row_units(m.rows) + col_units(m.cols)) * steps_of(m.n);
+    packed.first[i + 1] = packed.first[i] + (row_units(m.rows) + col_units(m.cols)) * packed.steps_of(m.n);
   }
   return packed;
 }
@@ -63,7 +72,7 @@ __global__ void pack_factors_kernel(const __grid_constant__ RankUpdateList<T> li
   if (unit >= packed.first[list.count]) return;
   const int index = packed.matrix_of(unit), lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
   const RankUpdate<T>& m = list.item[index];
-  const int64_t steps = steps_of(m.n), step = (unit - packed.first[index]) % steps;
+  const int64_t steps = packed.steps_of(m.n), step = (unit - packed.first[index]) % steps;
   const int64_t block = (unit - packed.first[index]) / steps, rows = row_units(m.rows);
   const bool of_rows = block < rows;
   const float* factor = of_rows ? m.row : m.col;
@@ -148,6 +157,16 @@ __device__ __forceinline__ void update_eight(T* to, int inside, bool whole, cons
   }
 }
 
+// All three parts of a product of two sums; the smallest first.
+__device__ __forceinline__ void multiply_parts(float (&sum)[4], const Four<uint32_t> (&a)[PARTS],
+                                               const Four<uint32_t> (&b)[PARTS], int half) {
+  const uint32_t high[2] = {b[0].of[half * 2], b[0].of[half * 2 + 1]};
+  const uint32_t low[2] = {b[1].of[half * 2], b[1].of[half * 2 + 1]};
+  mma_bf16(sum, a[0].of, low);
+  mma_bf16(sum, a[1].of, high);
+  mma_bf16(sum, a[0].of, high);
+}
+
 template <typename T, int BLOCK, bool RANDOM>
 __global__ void __launch_bounds__(BLOCK, (RANDOM ? 256 : 384) / BLOCK)
     rank_update_mma_kernel(const __grid_constant__ RankUpdateList<T> list,
@@ -164,7 +183,7 @@ __global__ void __launch_bounds__(BLOCK, (RANDOM ? 256 : 384) / BLOCK)
   // Of this lane in the products: rows g and g + 8 of 16, eight columns of each 32.
   const int g = lane / 4, along = lane % 4 * 8;
   const bool whole = m.cols % 8 == 0 && reinterpret_cast<uintptr_t>(m.weight) % 16 == 0;
-  const int64_t steps = steps_of(m.n), place = (row + g) * m.cols + col + along;
+  const int64_t steps = packed.steps_of(m.n), place = (row + g) * m.cols + col + along;
   const auto* factors = reinterpret_cast<const Four<uint32_t>*>(packed.words + packed.first[index] * UNIT_WORDS) + lane;
   const auto* of_rows = factors + row / UNIT * steps * PARTS * WARP;
   const auto* of_cols = factors + (row_units(m.rows) + col / UNIT) * steps * PARTS * WARP;
@@ -195,14 +214,7 @@ __global__ void __launch_bounds__(BLOCK, (RANDOM ? 256 : 384) / BLOCK)
 #pragma unroll
           for (int part = 0; part < PARTS; ++part) b[part] = of_cols[((j * steps + s) * PARTS + part) * WARP];
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            float(&c)[4] = sum[i / 2][2 * j + i % 2];
-            const uint32_t high[2] = {b[0].of[i % 2 * 2], b[0].of[i % 2 * 2 + 1]};
-            const uint32_t low[2] = {b[1].of[i % 2 * 2], b[1].of[i % 2 * 2 + 1]};
-            mma_bf16(c, a[i / 2][0].of, low);
-            mma_bf16(c, a[i / 2][1].of, high);
-            mma_bf16(c, a[i / 2][0].of, high);
-          }
+          for (int i = 0; i < 4; ++i) multiply_parts(sum[i / 2][2 * j + i % 2], a[i / 2], b, i % 2);
         }
       }
 
@@ -228,6 +240,96 @@ __global__ void __launch_bounds__(BLOCK, (RANDOM ? 256 : 384) / BLOCK)
       weight += Tile::ROWS * m.cols;
       of_rows += Tile::ROWS / UNIT * steps * PARTS * WARP;
       down -= Tile::ROWS;
+    }
+  }
+  kept.along = block_sum<BLOCK>(kept.along, shared.scratch);
+  kept.wanted = block_sum<BLOCK>(kept.wanted, shared.scratch);
+  if (threadIdx.x == 0) partial[tile] = kept;
+}
+
+// Strips of few rows of factors: warps lie side by side, and a turn takes 16 rows.
+constexpr int HELD_STEPS = 2, HELD = HELD_STEPS * UNIT;
+constexpr int AHEAD = 2;  // turns
+
+template <int BLOCK>
+constexpr int STRIP_COLS = 64 * (BLOCK / WARP);
+
+// Whether a strip can take a matrix.
+template <typename T>
+bool fits_strip(const RankUpdate<T>& m, bool random) {
+  const bool whole = m.rows % (AHEAD * UNIT) == 0 && m.cols % 64 == 0;
+  const bool aligned = reinterpret_cast<uintptr_t>(m.weight) % 16 == 0;
+  return std::is_same<T, Bf16>::value && !random && m.n <= HELD && whole && aligned;
+}
+
+// This lane's weights of a turn, [8 rows][32 columns].
+__device__ __forceinline__ void load_turn(Four<uint32_t> (&to)[4], const Bf16* from, int64_t cols) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) to[i] = load_once(from + i / 2 * 8 * cols + i % 2 * 32);
+}
+
+// `turns`: of a strip, a multiple of AHEAD. Only for matrices that fits_strip() takes.
+template <int BLOCK>
+__global__ void __launch_bounds__(BLOCK, 384 / BLOCK)
+    rank_update_strip_kernel(const __grid_constant__ RankUpdateList<Bf16> list,
+                             const __grid_constant__ PackedFactors packed, const float* alpha, int turns,
+                             Kept* partial) {
+  auto& shared = shared_memory<RankUpdateMmaShared<BLOCK>>();
+  const int64_t tile = blockIdx.x;
+  const int index = list.matrix_of(tile);
+  const RankUpdate<Bf16>& m = list.item[index];
+  const int64_t tiles_across = ceil_div(m.cols, STRIP_COLS<BLOCK>);
+  const int lane = threadIdx.x % WARP;
+  const int64_t row = (tile - m.first_tile) / tiles_across * (UNIT * turns);
+  const int64_t col = (tile - m.first_tile) % tiles_across * STRIP_COLS<BLOCK> + threadIdx.x / WARP * 64;
+  constexpr int STEPS = HELD_STEPS;
+  const auto* factors = reinterpret_cast<const Four<uint32_t>*>(packed.words + packed.first[index] * UNIT_WORDS) + lane;
+  const auto* of_rows = factors + row / UNIT * STEPS * PARTS * WARP;
+  const auto* of_cols = factors + (row_units(m.rows) + col / UNIT) * STEPS * PARTS * WARP;
+  const float step = -alpha[m.index];
+  // Of this lane in the products: rows g and g + 8 of 16, eight columns of each 32.
+  Bf16* weight = m.weight + (row + lane / 4) * m.cols + col + lane % 4 * 8;
+  const int last = static_cast<int>(m.rows - row < UNIT * turns ? (m.rows - row) / UNIT : turns);
+
+  Kept kept;
+  if (col < m.cols) {
+    Four<uint32_t> before[AHEAD][4], a[STEPS][PARTS], b[STEPS][4][PARTS];
+#pragma unroll
+    for (int k = 0; k < AHEAD; ++k) load_turn(before[k], weight + k * UNIT * m.cols, m.cols);
+#pragma unroll
+    for (int i = 0; i < STEPS * PARTS; ++i) {
+      a[i / PARTS][i % PARTS] = of_rows[i * WARP];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) b[i / PARTS][j][i % PARTS] = of_cols[(j * STEPS * PARTS + i) * WARP];
+    }
+    for (int turn = 0; turn < last; turn += AHEAD) {
+#pragma unroll
+      for (int k = 0; k < AHEAD; ++k) {
+        float sum[8][4] = {};  // [8 columns][what a lane holds of a product]
+#pragma unroll
+        for (int i = 0; i < STEPS * 8; ++i) multiply_parts(sum[i % 8], a[i / 8], b[i / 8][i % 8 / 2], i % 2);
+        of_rows += STEPS * PARTS * WARP;
+        if (turn + k + 1 < last) {  // factors of the next turn
+#pragma unroll
+          for (int i = 0; i < STEPS * PARTS; ++i) a[i / PARTS][i % PARTS] = of_rows[i * WARP];
+        }
+
+        float largest = 0;
+#pragma unroll
+        for (int i = 0; i < 32; ++i) largest = fmaxf(largest, fabsf(sum[i / 4][i % 4]));
+        ThreadKept<float> own(fabsf(step) * largest);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          float wanted[8];  // two from each of four products
+#pragma unroll
+          for (int e = 0; e < 8; ++e) wanted[e] = step * sum[i % 2 * 4 + e / 2][i / 2 * 2 + e % 2];
+          Bf16* at = weight + i / 2 * 8 * m.cols + i % 2 * 32;
+          update_eight<false>(at, 8, true, before[k][i], wanted, m.seed, at - m.weight, own);
+        }
+        kept.add(own.kept());
+        if (turn + AHEAD < last) load_turn(before[k], weight + AHEAD * UNIT * m.cols, m.cols);
+        weight += UNIT * m.cols;
+      }
     }
   }
   kept.along = block_sum<BLOCK>(kept.along, shared.scratch);

@@ -9,7 +9,7 @@ graph; ``EditGraph`` does that, once for every bucket of rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pymend.ops import editor_mlp, editor_stream, rank_update
 from pymend.ops.editor_stream import Layer
-from pymend.ops.moments import live_rows, moments
+from pymend.ops.moments import live_moments, moments
 
 ROW_BUCKETS = (8, 16, 32, 64, 128, 256, 512, 1024)  # rows of a weight, padded by dead ones
 
@@ -102,8 +102,8 @@ def unchecked(
 ) -> Tensor:
     """``apply_edit`` of operands that passed its checks: reads no value, so nothing waits.
 
-    A row or an editor that is not finite, and a change too large for a weight's dtype, are written
-    as they are. A CUDA graph repeats the random numbers of its ``seed`` at every replay.
+    What a row or an editor that is not finite makes, and a change too large for a narrow weight,
+    are written as they are. A CUDA graph repeats the random numbers of ``seed`` at every replay.
     """
     stacked = [_stack(group, u, delta) for group in groups]
     return _run(weights, stacked, alpha, groups, _flags(weights, transposed), seed)
@@ -202,19 +202,22 @@ class EditGraph:
 
     def _prepare(self, size: int) -> _Bucket:
         """Buffers for ``size`` rows of every weight, and the graph that reads them."""
-        rows = []
+        rows, buffers = [], []
         for group in self._groups:
             i = group.places[0]
-            a, b = _sides(self._weights[i], self._flags[i])
             counts = [size] * len(group.places)
             dtype = torch.promote_types(group.dtype, torch.float32)
-            u, delta = (group.mean.new_zeros(sum(counts), d, dtype=dtype) for d in (a, b))
-            rows.append(_Rows(u, delta, _modes(group, counts), counts))
+            sides = _sides(self._weights[i], self._flags[i])
+            own = [group.mean.new_zeros(sum(counts), d, dtype=dtype) for d in sides]
+            u, delta = ([*buffer.split(counts)] for buffer in own)
+            rows.append(_Rows(u, delta, _modes(group, counts)))
+            buffers += own
         alpha = torch.zeros(len(self._weights), dtype=self._alpha_dtype, device=self._device)
         call = partial(_run, self._weights, rows, alpha, self._groups, self._flags)
         cuda = self._device.type == "cuda"
         run = _captured(call, self._device, self._pool) if cuda else call
-        return _Bucket(*_by_weight(self._groups, rows, len(self._weights)), alpha, rows, run)
+        u, delta = _by_weight(self._groups, [(r.u, r.delta) for r in rows], len(self._weights))
+        return _Bucket(u, delta, alpha, buffers, run)
 
     def _check(
         self,
@@ -249,22 +252,21 @@ class EditGraph:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Rows of a group, weight after weight: u [R, a], delta [R, b], mode [R]."""
+    """Rows of a group, u [n_i, a] and delta [n_i, b] of each weight; the mode of each, [R]."""
 
-    u: Tensor
-    delta: Tensor
+    u: list[Tensor]
+    delta: list[Tensor]
     mode: Tensor
-    counts: list[int]  # rows of each weight, R together
 
 
 @dataclass(frozen=True)
 class _Bucket:
-    """Static buffers: ``u`` and ``delta`` are views into ``rows``, [size, .] for each weight."""
+    """Static buffers: ``u`` and ``delta`` are views into ``whole``, [size, .] for each weight."""
 
     u: list[Tensor]
     delta: list[Tensor]
     alpha: Tensor
-    rows: list[_Rows]
+    whole: list[Tensor]
     run: Callable[[], Tensor]
 
     def fill(self, u: Sequence[Tensor], delta: Sequence[Tensor], alpha: Tensor) -> None:
@@ -277,8 +279,8 @@ class _Bucket:
     def is_finite(self) -> bool:
         """False if a value is not finite, and perhaps if a sum of values is not: one read-back."""
         total = self.alpha.sum()
-        for r in self.rows:
-            total = total + r.u.sum() + r.delta.sum()
+        for buffer in self.whole:
+            total = total + buffer.sum()
         return bool(total.isfinite())
 
 
@@ -321,13 +323,8 @@ def _run(
 
 
 def _stack(group: Group, u: Sequence[Tensor], delta: Sequence[Tensor]) -> _Rows:
-    counts = [len(u[i]) for i in group.places]
-    return _Rows(
-        torch.cat([u[i] for i in group.places]),
-        torch.cat([delta[i] for i in group.places]),
-        _modes(group, counts),
-        counts,
-    )
+    own_u, own_delta = ([side[i] for i in group.places] for side in (u, delta))
+    return _Rows(own_u, own_delta, _modes(group, [len(rows) for rows in own_u]))
 
 
 def _modes(group: Group, counts: Sequence[int]) -> Tensor:
@@ -338,31 +335,31 @@ def _modes(group: Group, counts: Sequence[int]) -> Tensor:
 def _transform(
     groups: Sequence[Group], rows: Sequence[_Rows], weights: int
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """u~ [n_i, a] and d~ [n_i, b] of every weight, zero where a row is dead."""
+    """u~ [n_i, a] and d~ [n_i, b] of every weight, at least float32, zero where a row is dead."""
     transformed = []
     for group, r in zip(groups, rows, strict=True):
         wide = torch.promote_types(group.dtype, torch.float32)  # narrower ones have no kernel
+        counts = [len(part) for part in r.u]  # one episode: rows weight after weight
         state = (group.mean, group.m2, group.count)
-        # Nothing is merged, so the rows of several weights may pass as one segment.
-        z = moments([r.u], [r.delta], [len(r.u)], *state, merge=False, dtype=wide)
+        z, live = live_moments(r.u, r.delta, counts, *state, merge=False, dtype=wide)
         z = editor_stream.unchecked(z.to(group.dtype), group.joint, r.mode)
-        u, delta = z.split([r.u.shape[1], r.delta.shape[1]], 1)
+        u, delta = z.split([r.u[0].shape[1], r.delta[0].shape[1]], 1)
         u = editor_stream.unchecked(u, group.u_side, r.mode)
         delta = editor_stream.unchecked(delta, group.delta_side, r.mode)
-        live, zero = live_rows(r.u, r.delta).unsqueeze(1), z.new_zeros(())
-        transformed.append(replace(r, u=u.where(live, zero), delta=delta.where(live, zero)))
+        kept = live.to(wide).unsqueeze(1)  # of a wider dtype: one kernel masks and widens
+        transformed.append(tuple((side * kept).split(counts) for side in (u, delta)))
     return _by_weight(groups, transformed, weights)
 
 
 def _by_weight(
-    groups: Sequence[Group], rows: Sequence[_Rows], weights: int
+    groups: Sequence[Group], rows: Sequence[Sequence[Sequence[Tensor]]], weights: int
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Views of stacked rows: u [n_i, a] and delta [n_i, b] in the order of the weights."""
+    """(u, delta) of each group, weight after weight, in the order of all weights."""
     u: dict[int, Tensor] = {}
     delta: dict[int, Tensor] = {}
-    for group, r in zip(groups, rows, strict=True):
-        u |= zip(group.places, r.u.split(r.counts), strict=True)
-        delta |= zip(group.places, r.delta.split(r.counts), strict=True)
+    for group, (own_u, own_delta) in zip(groups, rows, strict=True):
+        u |= zip(group.places, own_u, strict=True)
+        delta |= zip(group.places, own_delta, strict=True)
     return [u[i] for i in range(weights)], [delta[i] for i in range(weights)]
 
 

@@ -55,15 +55,31 @@ def moments(
         TypeError: a dtype is not supported.
         RuntimeError: a tensor requires grad while grad mode is on.
     """
+    return live_moments(u, delta, counts, mean, m2, count, merge, dtype)[0]
+
+
+def live_moments(
+    u: Sequence[Tensor],
+    delta: Sequence[Tensor],
+    counts: Sequence[int],
+    mean: Tensor,
+    m2: Tensor,
+    count: Tensor,
+    merge: bool,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``moments``, and which rows of z are not dead: [sum of counts] bool."""
     _check(u, delta, counts, mean, m2, count)
     widest = reduce(torch.promote_types, {part.dtype for part in (*u, *delta)})
     dtype = widest if dtype is None else dtype
     if dtype not in DTYPES:
         raise TypeError(f"dtype is {dtype}, expected one of {_names()}")
     if dtype not in WIDE or not _lib.use_kernel("moments", mean.device):
-        return eager(u, delta, counts, mean, m2, count, merge, dtype)
+        x = joined(u, delta, counts)
+        live = live_rows(*x.split([u[0].shape[1], delta[0].shape[1]], 1))
+        return eager(u, delta, counts, mean, m2, count, merge, dtype), live
     wide = torch.promote_types(widest, torch.float32)  # exact, so the same rows are dead
-    z: Tensor = torch.ops.pymend.moments.default(
+    z, live = torch.ops.pymend.moments.default(
         [part.to(wide).contiguous() for part in u],
         [part.to(wide).contiguous() for part in delta],
         counts,
@@ -77,7 +93,7 @@ def moments(
         for buffer in (mean, m2, count):
             if not buffer.is_inference():
                 torch.autograd.graph.increment_version(buffer)
-    return z
+    return z, live
 
 
 @torch.no_grad()
@@ -211,5 +227,9 @@ if _lib.has_kernels():
         count: Tensor,
         merge: bool,
         dtype: torch.dtype,
-    ) -> Tensor:
-        return mean.new_empty(sum(part.shape[0] for part in u), len(mean), dtype=dtype)
+    ) -> tuple[Tensor, Tensor]:
+        rows = sum(part.shape[0] for part in u)
+        return (
+            mean.new_empty(rows, len(mean), dtype=dtype),
+            mean.new_empty(rows, dtype=torch.bool),
+        )
