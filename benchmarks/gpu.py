@@ -10,7 +10,8 @@ Every stage runs in a process of its own, so that a fault of the device ends tha
 has its place in a time plan: it is killed when its seconds and those that earlier stages left over
 are used up. What it found by then is in ``gpu.json``, which is whole after every stage. Where the
 plan is shorter than all stages, the ones in ``DROPPED`` are left out, in that order; ``--stages``
-chooses by hand. ``PYMEND_COMMIT`` names the commit where the tree came without git. The exit
+chooses by hand. ``PYMEND_GPU_MODEL`` names a folder for the stage ``training``, which is skipped
+without one. ``PYMEND_COMMIT`` names the commit where the tree came without git. The exit
 status is 1 if a stage that checks something failed or did not finish.
 """
 
@@ -78,6 +79,7 @@ STAGES = (
     Stage("gpu_system:system", 75, needs=("transformers",)),
     Stage("gpu_edit:compiled", 60),
     Stage("gpu_ops:counters", 45),
+    Stage("gpu_training:training", 5, needs=("transformers",)),  # where there is a model: more
 )
 DROPPED = ("counters", "compiled", "sanitizers", "system", "ops", "edit", "tests")
 WORKERS = 6  # of the tests: most of their time is the host's

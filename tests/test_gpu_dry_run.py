@@ -40,9 +40,9 @@ def rehearsed(tmp_path_factory) -> Path:
 
 def test_every_stage_passes(rehearsed):
     results = json.loads((rehearsed / "gpu.json").read_text())
-    assert {name: s["status"] for name, s in results["stages"].items()} == dict.fromkeys(
-        STAGES, "passed"
-    )
+    status = {name: s["status"] for name, s in results["stages"].items()}
+    assert status.pop("training") == "skipped"  # it needs a real model
+    assert status == dict.fromkeys((name for name in STAGES if name != "training"), "passed")
     assert results["rehearsal"] and results["note"] == roofline.REHEARSAL
     assert not results["left out"] and set(results["seen"]) == set(STAGES)
 

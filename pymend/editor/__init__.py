@@ -80,8 +80,9 @@ class Editor(nn.Module):
             counts = [int(p[2][e]) for e in range(len(parts[0][2])) for p in parts]
             us, deltas = [p[0] for p in parts], [p[1] for p in parts]
             modes = [w.mode for w in weights]
-            order = torch.tensor(modes * (len(counts) // len(modes)))
-            mode = torch.repeat_interleave(order, torch.tensor(counts))
+            # Made by Python: torch's repeat_interleave on a host with many cores takes 0.6 ms.
+            each = zip(modes * (len(counts) // len(modes)), counts, strict=True)
+            mode = torch.tensor([m for m, n in each for _ in range(n)], dtype=torch.int64)
             mode = mode.to(us[0].device, non_blocking=True)
             u, delta = self.nets[key](us, deltas, counts, mode, merge)
             us, deltas = u.split(counts), delta.split(counts)
