@@ -35,6 +35,7 @@ _MEASURED = {
     ("rank_update", "cpu"),
     ("rank_update", "cuda"),
     ("token_losses", "cpu"),
+    ("token_losses", "cuda"),
 }
 _warned = False
 

@@ -18,7 +18,6 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SEEDED = (torch.bfloat16, torch.float16)  # can be rounded at random
 MASK = 2**32 - 1
 BLOCK_ROWS = 64  # of a weight, updated together in eager(): the temporaries stay in the cache
-FASTER_ROWS = 32  # of factors, up to which the CUDA kernel has been measured to win over torch
 
 
 def rank_update(
@@ -187,10 +186,9 @@ def _run(
     seeds: Sequence[int] = (),
 ) -> Tensor:
     """One device and one dtype. On a CPU float64, which nobody is in a hurry for, is torch's."""
-    device, rows = weights[0].device, max(len(x) for x in u)
+    device = weights[0].device
     wide_on_cpu = weights[0].dtype == torch.float64 and device.type == "cpu"
-    slower = device.type == "cuda" and rows > FASTER_ROWS and _lib.gate() != "all"
-    if wide_on_cpu or slower or not _lib.use_kernel("rank_update", device):
+    if wide_on_cpu or not _lib.use_kernel("rank_update", device):
         return eager(weights, u, delta, alpha, flags, seeds)
     return torch.ops.pymend.rank_update.default(weights, u, delta, alpha, flags, list(seeds))
 
