@@ -19,7 +19,7 @@ from pymend import Mend, MendConfig, TrainConfig, Trainer, evaluate
 from pymend.data.readers import load_records
 
 MOST = 2000  # steps, of the settings that the same training had on a CPU
-TRIED = 40  # steps whose rate tells how many there is time for
+TRIED = (10, 50)  # steps of two trainings whose difference tells how many there is time for
 SPARED = 45.0  # seconds for the evaluation and the way there
 SCORED = 500  # single edits
 RATE = 3e-5
@@ -60,10 +60,11 @@ def training(run: Run) -> None:
         device.sync()
         return mend, time.monotonic() - begin
 
-    _, first = trained(TRIED)
-    rate = first / TRIED
-    steps = max(TRIED, min(MOST, int((run.left - SPARED) / rate)))
-    run.save(model=folder.name, train=len(train), rank=RANK, steps=steps, tried_seconds=first)
+    short, long = (trained(steps)[1] for steps in TRIED)
+    rate = (long - short) / (TRIED[1] - TRIED[0])
+    start = short - TRIED[0] * rate
+    steps = max(TRIED[1], min(MOST, int((run.left - SPARED - start) / rate)))
+    run.save(model=folder.name, train=len(train), rank=RANK, steps=steps, step_seconds=rate)
     mend, seconds = trained(steps)
     per_second = steps * TrainConfig().batch_size / seconds
     run.save(train_seconds=seconds, episodes_per_second=per_second)

@@ -187,7 +187,7 @@ def _summary(results: Path) -> str:
 
 
 def _gpu(results: Path) -> str:
-    """Goals, predictions and what every recorded run reached, the latest first, by its commit."""
+    """Goals, predictions and what every recorded run reached, the latest first, by its folder."""
     runs = []
     for path in sorted(results.glob("gpu*/gpu.json")):
         name = path.relative_to(results.parents[1])
@@ -200,17 +200,20 @@ def _gpu(results: Path) -> str:
             raise ValueError(f"{name} is not the file of a GPU run: {error!r}") from error
         if rehearsal:
             raise ValueError(f"{name} is a rehearsal on a CPU, no result")
-        runs.append((run["time"], commit, f"{named}, commit {commit}; `{name}`", run))
+        line = f"{named}, commit {commit}; `{name}`"
+        runs.append((run["time"], path.parent.name, line, run))
     if not runs:
         rows = roofline.goals(roofline.NO_RUN)
         return f"{markdown(rows)}\n\nGoals and predictions only: {roofline.NOT_YET}."
     runs.sort(key=lambda run: run[0], reverse=True)
     table: list[dict[str, Any]] = []
-    for _, commit, _, run in runs:
+    for _, folder, _, run in runs:
         goals = roofline.goals(run)
         table = table or [{k: v for k, v in row.items() if k != "reached"} for row in goals]
         for row, goal in zip(table, goals, strict=True):
-            row[commit] = "-" if goal["reached"] == roofline.NOT_HERE else goal["reached"]
+            row[folder.removeprefix("gpu-")] = (
+                "-" if goal["reached"] == roofline.NOT_HERE else goal["reached"]
+            )
     lines = "<br>\n".join(line for _, _, line, _ in runs)
     return f"{markdown(table)}\n\n{lines}"
 

@@ -131,7 +131,8 @@ class Replay:
         per_row = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and is_per_row(x)]
         self._shape = leaves, spec, per_row
         # T5's first block also makes the position bias, which later ones are handed: it runs live.
-        # Attention weights, which GPT-J's return too, are handed to nobody.
+        # Attention weights, which GPT-J's return too, are handed to nobody. (What a model made from
+        # such a tensor would not be seen here; none that is known does so.)
         made = [x for x in tree_flatten(first)[0] if isinstance(x, Tensor) and not is_per_row(x)]
         self._live = int(any(_share(x, y) for x in made for y in handed if isinstance(y, Tensor)))
         for i, ids in enumerate(group):

@@ -103,6 +103,9 @@ MORE_FAULTS = {
         "b[i / 8][i % 8 / 2], i % 2)",
         "b[0][i % 8 / 2], i % 2)",
     ),
+    "strips of half a pair of turns": Fault(
+        "rank_update", RANK_UPDATE_MMA, "m.rows % (AHEAD * UNIT)", "m.rows % UNIT"
+    ),
     "a row in the segment before": Fault(
         "moments", "kernels/moments.cuh", ".first <= row) found", ".first < row) found"
     ),

@@ -18,8 +18,11 @@ MomentsResult run(const MomentsArguments& x) {
   const auto stream = static_cast<Stream>(current_stream(x.mean.get_device_index()));
   const int64_t columns = x.a() + x.b();
   const int64_t rows = segments.empty() ? 0 : segments.back().first + segments.back().rows;
-  const MomentsResult result = empty_moments_result(x, rows);
-  if (rows == 0 || columns == 0) return result;
+  MomentsResult result = empty_moments_result(x, rows);
+  if (rows == 0 || columns == 0) {
+    torch::stable::zero_(result.live);  // a row of nothing is dead
+    return result;
+  }
   Tensor before = torch::stable::new_empty(x.mean, {1}, ScalarType::Long);
   auto* live_ptr = static_cast<uint8_t*>(result.live.mutable_data_ptr());
   auto* before_ptr = static_cast<int64_t*>(before.mutable_data_ptr());
@@ -47,7 +50,7 @@ MomentsResult run(const MomentsArguments& x) {
 std::tuple<Tensor, Tensor> moments(std::vector<Tensor> u, std::vector<Tensor> delta, std::vector<int64_t> counts, Tensor mean, Tensor m2,
                Tensor count, bool merge, ScalarType dtype) {
   const MomentsArguments x{u, delta, counts, mean, m2, count, merge, dtype};
-  const MomentsResult result = by_dtypes(x, [&](auto row, auto out) { return run<decltype(row), decltype(out)>(x); });
+  const auto result = by_dtypes(x, [&](auto row, auto out) { return run<decltype(row), decltype(out)>(x); });
   return {result.z, result.live};
 }
 

@@ -28,14 +28,17 @@ void rank_update_on(const std::vector<Matrix>& matrices, uintptr_t alpha, uintpt
                     const Schedule& schedule) {
   constexpr int TURNS = 2 * AHEAD, TILES = 2;  // of a strip
   using Simt = OuterTile<Acc<T>, BLOCK>;
-  const int64_t tile_rows = way == Way::Simt ? Simt::ROWS : way == Way::Strip ? TURNS * UNIT : TILES * MmaTile<BLOCK>::ROWS;
-  const int64_t tile_cols = way == Way::Simt ? Simt::COLS : way == Way::Strip ? STRIP_COLS<BLOCK> : MmaTile<BLOCK>::COLS;
+  using Mma = MmaTile<BLOCK>;
+  const bool strips = way == Way::Strip;
+  const int64_t tile_rows = way == Way::Simt ? Simt::ROWS : strips ? TURNS * UNIT : TILES * Mma::ROWS;
+  const int64_t tile_cols = way == Way::Simt ? Simt::COLS : strips ? STRIP_COLS<BLOCK> : Mma::COLS;
   RankUpdateList<T> list;
   for (const auto& [weight, row, col, rows, cols, n, seed] : matrices) {
-    const RankUpdate<T> matrix{at<T>(weight), at<const Acc<T>>(row), at<const Acc<T>>(col), rows, cols, n, list.count, 0,
-                               seed};
-    if (way == Way::Strip && !fits_strip(matrix, random)) {
-      throw std::invalid_argument("a strip takes bfloat16 to nearest, 32 rows of factors, sides that are multiples of 32 and 64");
+    const RankUpdate<T> matrix{
+        at<T>(weight), at<const Acc<T>>(row), at<const Acc<T>>(col), rows, cols, n, list.count, 0, seed};
+    if (strips && !fits_strip(matrix, random)) {
+      throw std::invalid_argument(
+          "a strip takes bfloat16 to nearest, 32 rows of factors, sides that are multiples of 32 and 64");
     }
     append(list, matrix, tile_rows, tile_cols);
   }
@@ -46,7 +49,7 @@ void rank_update_on(const std::vector<Matrix>& matrices, uintptr_t alpha, uintpt
   const size_t simt_shared = sizeof(RankUpdateShared<T, BLOCK>);
   if constexpr (sizeof(T) == 2) {
     if (way != Way::Simt) {
-      PackedFactors packed = place_factors(list, way == Way::Strip ? HELD_STEPS : 1);
+      PackedFactors packed = place_factors(list, strips ? HELD_STEPS : 1);
       const int64_t units = packed.first[list.count];
       std::vector<Four<uint32_t>> words(units * UNIT_WORDS / 4);
       packed.words = reinterpret_cast<uint32_t*>(words.data());
@@ -55,10 +58,10 @@ void rank_update_on(const std::vector<Matrix>& matrices, uintptr_t alpha, uintpt
       launch(pack_factors_kernel<T, BLOCK>, ceil_div(units, BLOCK / WARP), BLOCK, 0, &whole, list, packed);
       auto* kernel = random ? rank_update_mma_kernel<T, BLOCK, true> : rank_update_mma_kernel<T, BLOCK, false>;
       if constexpr (std::is_same<T, Bf16>::value) {
-        if (way == Way::Strip) kernel = rank_update_strip_kernel<BLOCK>;
+        if (strips) kernel = rank_update_strip_kernel<BLOCK>;
       }
       launch(kernel, list.tiles, BLOCK, sizeof(RankUpdateMmaShared<BLOCK>), &schedule, list, packed,
-             at<const float>(alpha), way == Way::Strip ? TURNS : TILES, partial.data());
+             at<const float>(alpha), strips ? TURNS : TILES, partial.data());
     } else if (random) {
       run(rank_update_kernel<T, BLOCK, true>, simt_shared);
     } else {

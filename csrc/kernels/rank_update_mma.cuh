@@ -13,7 +13,7 @@
 //            nearest, and for sides that are multiples of 32 and 64.
 // Bytes      4 per element of W; 4 n (rows + columns) for the packed factors, written once; a strip reads 4 n (its rows
 //            for each pair of warps, or for each, + its columns) from L2.
-// Caller     Operands as in RankUpdate<T>, no two weights overlapping; `packed` has room for total() units; blockDim =
+// Caller     Operands as in RankUpdate<T>, no two weights overlapping; `packed` has room for first[count] units; blockDim =
 //            BLOCK; shared memory of RankUpdateMmaShared; `partial` holds one Kept per tile; pack_factors_kernel before
 //            and fidelity_kernel afterwards, same stream.
 #pragma once

@@ -346,8 +346,9 @@ def _transform(
         u, delta = z.split([r.u[0].shape[1], r.delta[0].shape[1]], 1)
         u = editor_stream.unchecked(u, group.u_side, r.mode)
         delta = editor_stream.unchecked(delta, group.delta_side, r.mode)
-        kept = live.to(wide).unsqueeze(1)  # of a wider dtype: one kernel masks and widens
-        transformed.append(tuple((side * kept).split(counts) for side in (u, delta)))
+        live, zero = live.unsqueeze(1), z.new_zeros(())
+        masked = [side.where(live, zero).to(wide) for side in (u, delta)]
+        transformed.append([side.split(counts) for side in masked])
     return _by_weight(groups, transformed, weights)
 
 

@@ -75,9 +75,7 @@ def live_moments(
     if dtype not in DTYPES:
         raise TypeError(f"dtype is {dtype}, expected one of {_names()}")
     if dtype not in WIDE or not _lib.use_kernel("moments", mean.device):
-        x = joined(u, delta, counts)
-        live = live_rows(*x.split([u[0].shape[1], delta[0].shape[1]], 1))
-        return eager(u, delta, counts, mean, m2, count, merge, dtype), live
+        return _eager(u, delta, counts, mean, m2, count, merge, dtype)
     wide = torch.promote_types(widest, torch.float32)  # exact, so the same rows are dead
     z, live = torch.ops.pymend.moments.default(
         [part.to(wide).contiguous() for part in u],
@@ -96,7 +94,6 @@ def live_moments(
     return z, live
 
 
-@torch.no_grad()
 def eager(
     u: Sequence[Tensor],
     delta: Sequence[Tensor],
@@ -108,12 +105,27 @@ def eager(
     dtype: torch.dtype,
 ) -> Tensor:
     """The same in torch ops, on any device and without a synchronisation."""
+    return _eager(u, delta, counts, mean, m2, count, merge, dtype)[0]
+
+
+@torch.no_grad()
+def _eager(
+    u: Sequence[Tensor],
+    delta: Sequence[Tensor],
+    counts: Sequence[int],
+    mean: Tensor,
+    m2: Tensor,
+    count: Tensor,
+    merge: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """z, and which of its rows are live."""
     x = joined(u, delta, counts)
-    a = u[0].shape[1]
-    live = live_rows(x[:, :a], x[:, a:])[:, None]
+    live_row = _live_rows(*x.split([u[0].shape[1], delta[0].shape[1]], 1))
+    live = live_row[:, None]
     x = x.double()
     if not merge:
-        return _normalise(x, live, mean, m2, count).to(dtype)
+        return _normalise(x, live, mean, m2, count).to(dtype), live_row
     z = torch.empty_like(x, dtype=dtype)
     split = [t.split(list(counts)) for t in (x, live, z)]
     for rows, alive, out in zip(*split, strict=True):
@@ -127,7 +139,7 @@ def eager(
         mean += difference * (n / both)
         count += n
         out.copy_(_normalise(rows, alive, mean, m2, count))
-    return z
+    return z, live_row
 
 
 def _normalise(x: Tensor, live: Tensor, mean: Tensor, m2: Tensor, count: Tensor) -> Tensor:
@@ -137,7 +149,7 @@ def _normalise(x: Tensor, live: Tensor, mean: Tensor, m2: Tensor, count: Tensor)
     return ((x - mean) * inverse).where(live, 0)
 
 
-def live_rows(u: Tensor, delta: Tensor) -> Tensor:
+def _live_rows(u: Tensor, delta: Tensor) -> Tensor:
     """[n] bool: which rows of u [n, a] and delta [n, b] are not dead; see ``moments``."""
     return (u != 0).any(1) & (delta != 0).any(1)
 

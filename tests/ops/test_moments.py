@@ -183,6 +183,23 @@ def test_forward(backend, name, dtype):
     assert_right(backend, samples(dtype)[name])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", samples(torch.float32))
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+@pytest.mark.parametrize("kernels", ["all", "off"])
+def test_which_rows_are_live(kernels, device, name, dtype, monkeypatch):
+    """Those whose u and delta both hold something else than zero, in the order of z."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    monkeypatch.setenv("PYMEND_KERNELS", kernels)
+    case = samples(dtype)[name].on(device)
+    z, live = op.live_moments(*case.arguments())
+    x = op.joined(case.u, case.delta, case.counts)
+    a = case.u[0].shape[1]
+    assert live.dtype == torch.bool and live.shape == (len(z),)
+    assert torch.equal(live, (x[:, :a] != 0).any(1) & (x[:, a:] != 0).any(1))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows", [torch.float64, torch.float32], ids=str)
 def test_dtype_of_the_result(backend, rows, dtype):

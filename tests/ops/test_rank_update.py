@@ -65,6 +65,8 @@ def samples(dtype) -> dict[str, Case]:
         "Conv1D": make_case(dtype, [(33, 65), (31, 32), (32, 31)], [3, 9, 1], [True, False, True]),
         "empty": make_case(dtype, [(0, 5), (5, 0), (5, 7), (7, 5)], [3, 3, 0, 2]),
         "strides": strided,
+        # On a GPU: strips of bfloat16, one of them shorter than the others.
+        "whole tiles": make_case(dtype, [(96, 64), (160, 192), (64, 320)], [9, 32, 17]),
         "many": make_case(dtype, [(3, 4 + i) for i in range(32)], [1 + i % 3 for i in range(32)]),
         "negative alpha": make_case(dtype, [(17, 19)], [4], alpha=-3.0),
     }
