@@ -63,7 +63,7 @@ def training(run: Run) -> None:
     short, long = (trained(steps)[1] for steps in TRIED)
     rate = (long - short) / (TRIED[1] - TRIED[0])
     start = short - TRIED[0] * rate
-    steps = max(TRIED[1], min(MOST, int((run.left - SPARED - start) / rate)))
+    steps = max(TRIED[1] + 1, min(MOST, int((run.left - SPARED - start) / rate)))
     run.save(model=folder.name, train=len(train), rank=RANK, steps=steps, step_seconds=rate)
     mend, seconds = trained(steps)
     per_second = steps * TrainConfig().batch_size / seconds
