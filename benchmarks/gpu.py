@@ -68,8 +68,8 @@ class Stage:
 
 
 STAGES = (
-    Stage("gpu:manifest", 5, checks=True),
-    Stage("gpu:build", 60, checks=True),
+    Stage("gpu:manifest", 20, checks=True),  # and the first import of torch
+    Stage("gpu:build", 45, checks=True),
     Stage("gpu_ops:ceilings", 5),
     Stage("gpu_ops:stream", 10, checks=True),
     Stage("gpu:tests", 40, checks=True, needs=("pytest", "hypothesis", "transformers")),

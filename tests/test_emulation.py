@@ -71,7 +71,10 @@ def test_tensor_cores(name, dtype):
     case.seed = 5
     (ours, _), (theirs, _) = run("emu", case, way="mma"), run("eager", case)
     for a, b in zip(ours, theirs, strict=True):
-        beside = (a.double() - b.double()).abs() <= b.double().abs() * torch.finfo(dtype).eps
+        a, b = a.double(), b.double()
+        # Where a change all but cancels a weight, the 16 bits of its factors are what is left.
+        cancelled = 2**-14 * b.abs().max() if b.numel() else 0
+        beside = (a - b).abs() <= b.abs() * torch.finfo(dtype).eps + cancelled
         # A sum just beside its draw may go either way.
         assert not a.numel() or (a == b).double().mean() > 0.95
         assert beside.all()
