@@ -60,8 +60,8 @@ MomentsResult run(const MomentsArguments& x) {
   return result;
 }
 
-std::tuple<Tensor, Tensor> moments(std::vector<Tensor> u, std::vector<Tensor> delta, std::vector<int64_t> counts, Tensor mean, Tensor m2,
-               Tensor count, bool merge, ScalarType dtype) {
+std::tuple<Tensor, Tensor> moments(std::vector<Tensor> u, std::vector<Tensor> delta, std::vector<int64_t> counts,
+                                   Tensor mean, Tensor m2, Tensor count, bool merge, ScalarType dtype) {
   const MomentsArguments x{u, delta, counts, mean, m2, count, merge, dtype};
   const auto result = by_dtypes(x, [&](auto row, auto out) { return run<decltype(row), decltype(out)>(x); });
   return {result.z, result.live};

@@ -54,7 +54,7 @@ class RunningMoments(nn.Module):
         if not merge and not self.count:
             raise RuntimeError("the editor has seen no training example; train it before editing")
         if not self.official:
-            return moments(u, delta, counts, self.mean, self.m2, self.count, merge, dtype)
+            return moments(u, delta, counts, self.mean, self.m2, self.count, merge, dtype)[0]
         x = joined(u, delta, counts).to(dtype)
         return self._merge_official(x, counts) if merge else self._normalise_official(x)
 

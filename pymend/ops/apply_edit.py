@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pymend.ops import editor_mlp, editor_stream, rank_update
 from pymend.ops.editor_stream import Layer
-from pymend.ops.moments import live_moments, moments
+from pymend.ops.moments import moments
 
 ROW_BUCKETS = (8, 16, 32, 64, 128, 256, 512, 1024)  # rows of a weight, padded by dead ones
 
@@ -341,7 +341,7 @@ def _transform(
         wide = torch.promote_types(group.dtype, torch.float32)  # narrower ones have no kernel
         counts = [len(part) for part in r.u]  # one episode: rows weight after weight
         state = (group.mean, group.m2, group.count)
-        z, live = live_moments(r.u, r.delta, counts, *state, merge=False, dtype=wide)
+        z, live = moments(r.u, r.delta, counts, *state, merge=False, dtype=wide)
         z = editor_stream.unchecked(z.to(group.dtype), group.joint, r.mode)
         u, delta = z.split([r.u[0].shape[1], r.delta[0].shape[1]], 1)
         u = editor_stream.unchecked(u, group.u_side, r.mode)

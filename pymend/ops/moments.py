@@ -29,7 +29,7 @@ def moments(
     count: Tensor,
     merge: bool,
     dtype: torch.dtype | None = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Join, merge and normalise the rows of several weights of one shape (a, b).
 
     sigma = sqrt(m2 / (count - 1)) per dimension; a constant one, m2 <= count (1e-6 mean)^2, gives
@@ -48,34 +48,20 @@ def moments(
         dtype: of z; if not given, the widest of u and delta.
 
     Returns:
-        z [sum of counts, a + b].
+        z [sum of counts, a + b]; and which of its rows are live, not dead: [sum of counts] bool.
 
     Raises:
         ValueError: lengths, shapes, counts, devices or strides are wrong.
         TypeError: a dtype is not supported.
         RuntimeError: a tensor requires grad while grad mode is on.
     """
-    return live_moments(u, delta, counts, mean, m2, count, merge, dtype)[0]
-
-
-def live_moments(
-    u: Sequence[Tensor],
-    delta: Sequence[Tensor],
-    counts: Sequence[int],
-    mean: Tensor,
-    m2: Tensor,
-    count: Tensor,
-    merge: bool,
-    dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:
-    """``moments``, and which rows of z are not dead: [sum of counts] bool."""
     _check(u, delta, counts, mean, m2, count)
     widest = reduce(torch.promote_types, {part.dtype for part in (*u, *delta)})
     dtype = widest if dtype is None else dtype
     if dtype not in DTYPES:
         raise TypeError(f"dtype is {dtype}, expected one of {_names()}")
     if dtype not in WIDE or not _lib.use_kernel("moments", mean.device):
-        return _eager(u, delta, counts, mean, m2, count, merge, dtype)
+        return eager(u, delta, counts, mean, m2, count, merge, dtype)
     wide = torch.promote_types(widest, torch.float32)  # exact, so the same rows are dead
     z, live = torch.ops.pymend.moments.default(
         [part.to(wide).contiguous() for part in u],
@@ -94,6 +80,7 @@ def live_moments(
     return z, live
 
 
+@torch.no_grad()
 def eager(
     u: Sequence[Tensor],
     delta: Sequence[Tensor],
@@ -103,23 +90,8 @@ def eager(
     count: Tensor,
     merge: bool,
     dtype: torch.dtype,
-) -> Tensor:
-    """The same in torch ops, on any device and without a synchronisation."""
-    return _eager(u, delta, counts, mean, m2, count, merge, dtype)[0]
-
-
-@torch.no_grad()
-def _eager(
-    u: Sequence[Tensor],
-    delta: Sequence[Tensor],
-    counts: Sequence[int],
-    mean: Tensor,
-    m2: Tensor,
-    count: Tensor,
-    merge: bool,
-    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """z, and which of its rows are live."""
+    """The same in torch ops, on any device and without a synchronisation."""
     x = joined(u, delta, counts)
     live_row = _live_rows(*x.split([u[0].shape[1], delta[0].shape[1]], 1))
     live = live_row[:, None]
