@@ -84,8 +84,8 @@ def _pages(
     measured = set(names) & set(COSTS)
     absent = [run.setup for run in runs if not (place.folder(run) / "result.json").is_file()]
     absent += [setup for name in shown for setup in scale.tables[name]]
-    if measured and not (output / "costs.json").is_file():
-        absent += costs.setups(scale)
+    if measured:
+        absent += [run.setup for run in costs.missing(scale, place)]
     for run in runs:  # what is wrong with any should not be found after hours of others
         for needed in (*scale.before(run), run):
             scale.settings(needed)

@@ -93,6 +93,38 @@ def fever_rows(count: int = 40) -> list[dict[str, Any]]:
     return [*first, *last, {"claim": "Nobody knows .", "label": "NOT ENOUGH INFO"}]
 
 
+def kilt(text: str, answer: str, page: str, **others: Any) -> dict[str, Any]:
+    """A row of KnowledgeEditor: an output with a page only, then the answer."""
+    pages = [{"provenance": [{"title": page}]}, {"answer": answer}]
+    return {"id": text, "input": text, "output": pages, "rephrases": [["ignored"]], **others}
+
+
+def kilt_zsre_rows(count: int = 80) -> list[dict[str, Any]]:
+    ask = ("Which country is {} in?", "Who built {}?")
+    return [
+        kilt(
+            ask[i % 2].format(f"Lake{i}"),
+            f"right {i}",
+            f"Lake{i}",
+            alternatives=["", f"right {i}", f"wrong {i}", f"false {i}"],
+            filtered_rephrases=[f"Name the place of Lake{i}.", ask[i % 2].format(f"Lake{i}"), " "],
+        )
+        for i in range(count)
+    ]
+
+
+def kilt_fever_rows(count: int = 40) -> list[dict[str, Any]]:
+    """Two claims about each page; the first has a paraphrase."""
+    rows = []
+    for i in range(count):
+        said = [f"A town is {i}.", f"{i} is a town."]
+        rows += [
+            kilt(said[1], "SUPPORTS", f"{i}", alternatives=["REFUTES"], filtered_rephrases=said),
+            kilt(f"{i} is a sea.", "REFUTES", f"{i}", alternatives=["REFUTES"]),
+        ]
+    return rows
+
+
 def words(count: int, seed: int) -> str:
     return " ".join(random.Random(seed).choices(tiny.WORDS, k=count))
 
@@ -109,6 +141,8 @@ def raw(tmp_path: Path) -> dict[str, Path]:
         "zsre": lines(tmp_path / "zsre.jsonl", zsre_rows()),
         "nq": lines(tmp_path / "nq.jsonl", nq_rows()),
         "fever": lines(tmp_path / "fever.jsonl", fever_rows()),
+        "kilt zsre": lines(tmp_path / "kilt-zsre.jsonl", kilt_zsre_rows()),
+        "kilt fever": lines(tmp_path / "kilt-fever.jsonl", kilt_fever_rows()),
         "text": text_file(tmp_path / "text.txt"),
     }
 
@@ -135,9 +169,12 @@ def generation(raw: dict[str, Path], seed: int = 0) -> Any:
 BUILDS: dict[str, Any] = {
     "zsre": lambda raw, seed: zsre(read_zsre(raw["zsre"]), (), seed),
     "zsre, nq": lambda raw, seed: zsre(read_zsre(raw["zsre"]), read_questions(raw["nq"]), seed),
+    "zsre, kilt": lambda raw, seed: zsre(read_zsre(raw["kilt zsre"]), (), seed),
     "zsre-hard": lambda raw, seed: zsre_hard(read_zsre(raw["zsre"]), seed),
+    "zsre-hard, kilt": lambda raw, seed: zsre_hard(read_zsre(raw["kilt zsre"]), seed),
     "zsre-hard, facts": lambda raw, seed: zsre_hard_facts(seed),
     "fever": lambda raw, seed: fever(read_claims(raw["fever"]), seed),
+    "fever, kilt": lambda raw, seed: fever(read_claims(raw["kilt fever"]), seed),
     "claims": lambda raw, seed: fact_claims(seed),
     "qa": lambda raw, seed: fact_questions(seed),
     "wikitext": generation,
@@ -177,14 +214,14 @@ def test_splits_share_nothing(build: str, raw: dict[str, Path]) -> None:
 def test_records_can_be_encoded_and_are_read_back(
     build: str, raw: dict[str, Path], tmp_path: Path
 ) -> None:
-    splits = BUILDS[build](raw, 0)
+    splits, name = BUILDS[build](raw, 0), build.split(",")[0]
     words_ = tiny.tokenizer(end=True)
     encoder = {
         "fever": ClassEncoder(words_, 0, 1, {}),
         "claims": ClassEncoder(words_, 0, 1, {}),
         "qa": SequenceEncoder(words_, 0, 0),
-    }.get(build, Encoder(tiny.tokenizer(), tiny.CONTEXT if build == "wikitext" else 0))
-    write_set(tmp_path / "set", build.split(",")[0], splits, seed=0)
+    }.get(name, Encoder(tiny.tokenizer(), tiny.CONTEXT if name == "wikitext" else 0))
+    write_set(tmp_path / "set", name, splits, seed=0)
     for split in SPLITS:
         records = splits[split]
         assert len({r.prompt for r in records}) == len(records) > 0
@@ -211,6 +248,37 @@ def test_zsre_without_nq_keeps_its_own_locality(raw: dict[str, Path]) -> None:
     assert all(r.locality[0].prompt.startswith("What is ") for r in splits["train"])
     # Locality questions are shared by four rows each, so some training rows had to go.
     assert len(splits["train"]) < sum(split_of(f"Lake{i}") == "train" for i in range(80))
+
+
+def test_kilt_questions_get_a_wrong_answer_and_other_wordings(raw: dict[str, Path]) -> None:
+    records = read_zsre(raw["kilt zsre"])
+    assert len(records) == 80
+    for i, r in enumerate(records):
+        assert (r.ground_truth, r.subject) == (f"right {i}", f"Lake{i}")
+        assert r.target in (f"wrong {i}", f"false {i}")
+        assert r.rephrases == (f"Name the place of Lake{i}.",)
+    assert len({r.target.split()[0] for r in records}) == 2
+    truths = {r.prompt: r.ground_truth for r in records}
+    for part in zsre(records).values():
+        prompts = {r.prompt for r in part}
+        for r in part:
+            assert len({p.prompt for p in r.locality} - {r.prompt}) == LOCALITY
+            assert all(p.prompt in prompts and p.answer == truths[p.prompt] for p in r.locality)
+
+
+def test_kilt_questions_without_a_wrong_answer_or_rephrase_are_left_out(tmp_path: Path) -> None:
+    whole, *others = kilt_zsre_rows(4)
+    others[0]["alternatives"] = ["right 1"]
+    del others[1]["alternatives"]
+    others[2]["filtered_rephrases"] = [others[2]["input"]]
+    [record] = read_zsre(lines(tmp_path / "raw.jsonl", [*others, whole]))
+    assert record.prompt == whole["input"]
+
+
+def test_questions_without_a_subject_have_no_hard_locality(tmp_path: Path) -> None:
+    rows = [{**row, "output": [{"answer": "it"}]} for row in kilt_zsre_rows()]
+    records = read_zsre(lines(tmp_path / "raw.jsonl", rows))
+    assert len(records) == 80 and not any(zsre_hard(records).values())
 
 
 def test_hard_locality_has_the_wording_and_rephrases_do_not(raw: dict[str, Path]) -> None:
@@ -251,6 +319,14 @@ def test_fever_turns_over_the_label_on_the_first_evidence(raw: dict[str, Path]) 
         for probe in record.locality:
             assert claims[probe.prompt].group != own
             assert probe.answer == str(claims[probe.prompt].label).lower()
+
+
+def test_kilt_claims_have_their_own_rephrases_or_frames(raw: dict[str, Path]) -> None:
+    claims = {c.text: c for c in read_claims(raw["kilt fever"])}
+    town, sea = claims["7 is a town."], claims["7 is a sea."]
+    assert len(claims) == 80 and town.label and not sea.label and town.group == sea.group
+    assert town.rephrases == ("A town is 7.",)
+    assert sea.rephrases[0] == "It is true that 7 is a sea."
 
 
 def test_claims_are_labelled_truly() -> None:
@@ -467,6 +543,26 @@ def test_parquet_is_read_as_json_is(
         (read_questions, [{"answer": ["b"]}], "line 1: field 'question' is missing"),
         (read_zsre, [*zsre_rows(1), {"alt": "b"}], "line 2: field 'src' is missing"),
         (read_zsre, [{**zsre_rows(1)[0], "alt": None}], "no row has an alternative answer"),
+        (read_zsre, [{"input": "a"}], "line 1: field 'output' holds no answer; add one"),
+        (read_zsre, [{"output": []}], "line 1: field 'input' is missing; add it"),
+        (
+            read_zsre,
+            [{"input": "a", "output": ["b"]}],
+            r"line 1, output\[0\]: must be a JSON object",
+        ),
+        (
+            read_zsre,
+            [kilt("a", "b", "c", alternatives="d")],
+            "line 1: field 'alternatives' must be a list, got 'd'",
+        ),
+        (
+            read_zsre,
+            [kilt("a", "b", "c", alternatives=["d"], filtered_rephrases=["e", 3])],
+            r"line 1: field 'filtered_rephrases\[1\]' must be a text, got 3",
+        ),
+        (read_zsre, [kilt("a", "b", "c")], "no row has .* 'alternatives' and 'filtered_rephrases'"),
+        (read_claims, [kilt("a", "MAYBE", "c")], "line 1: label is 'MAYBE'; use one of"),
+        (read_claims, [{"input": "a", "output": [{}]}], "field 'output' holds no answer"),
         (read_zsre, ["a"], "line 1: must be a JSON object, got 'a'"),
     ],
 )

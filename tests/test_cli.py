@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+import transformers
 import yaml
 from test_encoders import data_of, model_of, plain, words
 from test_evaluation import evaluate_module
-from transformers import AutoModelForCausalLM
 
 from pymend.algorithms.registry import load_editor
 from pymend.cli import HELP, main, parse, read_settings, settings_of
@@ -128,10 +128,10 @@ def test_edit_saves_merges_and_shows_the_undo(
     out = capsys.readouterr().out
     assert "took" in out and "after undo" in out and f"{w[0]} {w[1]}" in out
 
-    edited = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    edited = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     edit = Edit.from_pretrained(tmp_path / "edit")
     assert len(edit.outcomes) == 2
-    plain = AutoModelForCausalLM.from_pretrained(model)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(model)
     ids = torch.arange(4, 12)[None]
     with torch.no_grad(), edit.applied(plain):
         torch.testing.assert_close(plain(ids).logits, edited(ids).logits, rtol=1e-4, atol=1e-5)
@@ -385,6 +385,20 @@ def test_a_folder_without_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[
     argv = ("--data", "facts", "--output", tmp_path / "o")
     error = fails(capsys, "train", "--model", tmp_path, *argv)
     assert f"{tmp_path} holds no model" in error
+
+
+@pytest.mark.parametrize("kind", [transformers.BertForMaskedLM, transformers.BertModel])
+def test_an_encoder_without_a_head(
+    kind: type[transformers.PreTrainedModel], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """transformers would take it for a causal LM."""
+    tokenizer = tiny.tokenizer()
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    kind(transformers.BertConfig(len(tokenizer), **sizes)).save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    argv = ("--data", "facts", "--output", tmp_path / "o")
+    error = fails(capsys, "train", "--model", tmp_path / "m", *argv)
+    assert f"encoder that fills gaps ({kind.__name__})" in error and "classifier first" in error
 
 
 def test_a_folder_whose_weights_are_a_pickle(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -26,7 +28,7 @@ from pymend.evaluation import evaluate
 from pymend.files import exclusive
 from pymend.models import mini
 from pymend.models.load import locate
-from pymend.reproduce import costs, data, runs, tables
+from pymend.reproduce import costs, data, figures, runs, tables
 from pymend.reproduce.plan import SCALES, VARIANTS, Run, Scale, Setup, load_scale
 from pymend.reproduce.runs import Place, perform
 
@@ -143,6 +145,10 @@ def test_all_tables_of_a_scale(
         scores = kept["metrics"]
         assert row["n"] == str(scores["n"]) and row["es outer"] == f"{scores['es_outer']:.3f}"
         assert row["drawdown"] == f"{scores['perplexity_drawdown']:.3f}"
+    looks = json.loads((output / "table10.json").read_text())["examples"]["zsre"]
+    ten = list(csv.DictReader((output / "table10.csv").read_text().splitlines()))
+    assert ten == [{"setup": "zsre", **line} for line in looks]
+    assert {"edit", "paraphrase", "neighbour"} == {line["kind"] for line in ten}
     shown = json.loads((output / "table5.json").read_text())["runs"]
     assert shown["zsre-mend-3-edits"]["metrics"]["n_edits"] == 3
     eleven = json.loads((output / "table11.json").read_text())["runs"]["zsre-cache"]
@@ -159,7 +165,7 @@ def test_all_tables_of_a_scale(
 
     for name in ("_trained", "_thresholds", "_scores"):
         monkeypatch.setattr(runs._Bench, name, refuse)
-    monkeypatch.setattr(costs, "_measure_all", refuse)
+    monkeypatch.setattr(costs, "_measure", refuse)
     before = four
     assert reproduce(scale_file, "all") == 0
     assert (output / "table4.md").read_text() == before
@@ -177,6 +183,129 @@ def test_costs_are_those_of_a_step(scale_file: Path) -> None:
 
     assert changed(steps=1234) == changed()
     assert changed(batch_size=3) != changed()
+
+
+def faked(
+    patch: pytest.MonkeyPatch, failing: dict[int, BaseException] | None = None
+) -> list[tuple[str, str]]:
+    """Fake measurements, with the error of the n-th, from 0; the list receives each."""
+    measured: list[tuple[str, str]] = []
+
+    def take(measure: Callable[..., Any], asked: dict[Run, Any], *_: Any) -> Iterator[Any]:
+        [run], count = asked, len(measured)
+        measured.append((run.algorithm, measure.__name__))
+        if failing and count in failing:
+            raise failing[count]
+        kinds = costs.STEP if measure is costs.measure_steps else costs.EDIT
+        yield run, dict.fromkeys(kinds, float(count))
+
+    patch.setattr(costs, "in_processes", take)
+    patch.setattr(data, "prepare", lambda *_: None)
+    return measured
+
+
+def test_costs_that_were_stopped_go_on(scale_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(costs, "ALGORITHMS", ("mend", "cache", "ft"))
+    file, scale = scale_file.parent / "out" / "costs.json", load_scale(str(scale_file))
+    first = faked(monkeypatch, {2: KeyboardInterrupt()})
+    assert reproduce(scale_file, "memory") == 130
+    assert first == [("mend", "measure_steps"), ("mend", "measure_edits"), first[2]]
+    begun = json.loads(file.read_text())
+    assert [c["algorithm"] for c in begun["costs"]] == ["mend"]
+    assert begun["costs"][0]["step MiB"] == 0.0 and begun["costs"][0]["edit MiB"] == 1.0
+
+    second = faked(monkeypatch)
+    # Tables of scores show what there is, and measure nothing.
+    assert costs.memory_of_edits(scale, place(scale_file)) == {Run("zsre", "mend"): 1.0}
+    assert second == []
+    assert reproduce(scale_file, "memory") == 0
+    assert second == [("cache", "measure_edits"), ("ft", "measure_edits")]
+    whole = json.loads(file.read_text())
+    assert [c["algorithm"] for c in whole["costs"]] == ["mend", "cache", "ft"]
+    assert whole["costs"][:1] == begun["costs"] and not any("failed" in c for c in whole["costs"])
+    assert reproduce(scale_file, "memory", "time") == 0 and len(second) == 2
+
+
+def test_costs_are_of_one_machine(scale_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rest is not measured on another one; a file that is complete is shown there."""
+    monkeypatch.setattr(costs, "ALGORITHMS", ("mend", "cache"))
+    scale, here = load_scale(str(scale_file)), place(scale_file)
+    here.output.mkdir()
+    faked(monkeypatch, {2: KeyboardInterrupt()})
+    with pytest.raises(KeyboardInterrupt):
+        costs.measured(scale, here)
+    faked(monkeypatch)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(costs, "machine", lambda: "an abacus")
+        with pytest.raises(ValueError, match=r"was begun on another machine \(.*, here an abacus"):
+            costs.measured(scale, here)
+    whole = costs.measured(scale, here)
+    monkeypatch.setattr(costs, "machine", lambda: "an abacus")
+    assert costs.measured(scale, here) == whole
+
+
+def test_costs_out_of_memory_are_shown_as_such(
+    scale_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch's own error, out of a process: an editor of more bytes than can be addressed."""
+    given = yaml.safe_load(scale_file.read_text())
+    given["algorithms"]["ke"]["editor"]["hidden"] = 2**50
+    given["tables"] = {"memory": {"wikitext": ""}, "time": {"wikitext": ""}}
+    scale_file.write_text(yaml.safe_dump(given, sort_keys=False))
+    monkeypatch.setattr(costs, "ALGORITHMS", ("ke", "cache"))
+    bars, drawn = figures.bars, []
+
+    def draw(*arguments: Any) -> None:
+        drawn.append(arguments[2])
+        bars(*arguments)
+
+    monkeypatch.setattr(figures, "bars", draw)
+    assert reproduce(scale_file, "all") == 0
+    output = scale_file.parent / "out"
+    ke, cache = json.loads((output / "costs.json").read_text())["costs"]
+    assert "DefaultCPUAllocator" in ke["failed"] and "failed" not in cache
+    for name, count in (("memory", 3), ("time", 2)):
+        sheet = list(csv.reader((output / f"{name}.csv").read_text().splitlines()))
+        assert sheet[1] == ["wikitext", "ke", *["out of memory"] * count, "2"]
+        assert sheet[2][2:-2] == ["-"] * (count - 1)
+        page = (output / f"{name}.md").read_text()
+        assert f"| wikitext | ke |{' out of memory |' * count} 2 |" in page
+        assert (output / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert drawn[0] == {
+        "step MiB, wikitext": {"ke": None},
+        "edit MiB, wikitext": {"ke": None, "cache": cache["edit MiB"]},
+    }
+    memory = costs.memory_of_edits(load_scale(str(scale_file)), place(scale_file))
+    assert memory[Run("wikitext", "ke")] is None
+
+
+@pytest.mark.parametrize(
+    ("error", "kept"),
+    [
+        (torch.OutOfMemoryError("no memory"), True),
+        (MemoryError(), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate"), True),
+        (RuntimeError("something else"), False),
+    ],
+)
+def test_costs_keep_no_other_error(
+    scale_file: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, kept: bool
+) -> None:
+    """What was measured before memory ran out stays."""
+    monkeypatch.setattr(costs, "ALGORITHMS", ("enn", "cache"))
+    faked(monkeypatch, {1: error})
+    scale, here = load_scale(str(scale_file)), place(scale_file)
+    here.output.mkdir()
+    if kept:
+        enn, cache = costs.measured(scale, here)["costs"]
+        assert enn["failed"] == str(error)
+        assert enn["step MiB"] == 0.0 and enn["edit MiB"] is None
+        assert cache["edit MiB"] == 2.0
+    else:
+        with pytest.raises(type(error), match=str(error)):
+            costs.measured(scale, here)
+        assert costs.memory_of_edits(scale, here) == {}
 
 
 def test_runs_in_processes_are_the_same(scale_file: Path) -> None:
@@ -290,6 +419,18 @@ def test_an_editor_for_several_edits_starts_from_the_one_for_fewer(scale_file: P
     for name, value in trained.editor.named_parameters():
         if not name.endswith("alpha"):  # it has a rate of its own
             torch.testing.assert_close(value, names[name], rtol=0, atol=1e-9)
+
+
+def test_examples_without_their_editor(
+    scale_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As where somebody's results were copied, which hold no editors."""
+    scale, run = load_scale(str(scale_file)), Run("zsre", "mend")
+    runs.perform_all(scale, [run], place(scale_file))
+    folder = place(scale_file).folder(run)
+    shutil.rmtree(folder / "editor")
+    assert reproduce(scale_file, "table10") == 2
+    assert f"{folder} holds no editor, which is needed here" in capsys.readouterr().err
 
 
 def test_a_table_needs_intervals(scale_file: Path) -> None:

@@ -58,6 +58,12 @@ class RawRow:
         items = enumerate(self._list(name))
         return tuple(RawRow(self.where, {f"{name}[{i}]": v}).text(f"{name}[{i}]") for i, v in items)
 
+    def filled(self, name: str) -> tuple[str, ...]:
+        """The texts of a list that models wrote, who may have left some blank: those are not."""
+        items = enumerate(self._list(name))
+        texts = (RawRow(self.where, {f"{name}[{i}]": v}).optional(f"{name}[{i}]") for i, v in items)
+        return tuple(text for text in texts if text)
+
     def rows(self, name: str) -> list[RawRow]:
         """A list of JSON objects; empty when the field is absent."""
         items = enumerate(self._list(name))

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -38,7 +39,8 @@ def load_model(
 
     Raises:
         FileNotFoundError: a path that does not exist.
-        ValueError: an unknown dtype or device, or a folder without a usable model.
+        ValueError: an unknown dtype or device, a folder without a usable model, or an encoder
+            without a classification head.
         RuntimeError: a hub name that cannot be fetched.
     """
     if dtype not in DTYPES:
@@ -75,6 +77,11 @@ def load_model(
             f"model {name!r} is no folder here and cannot be fetched from the hub ({reason}); "
             f"without a hub there are smollm2, {', '.join(mini.RECIPES)}"
         ) from error
+    if _only_fills_gaps(config):
+        raise ValueError(
+            f"{name} is an encoder that fills gaps ({', '.join(config.architectures or ())}), with "
+            "no next token or class to edit; fine-tune it as a sequence classifier first"
+        )
     return model.to(target).eval(), tokenizer
 
 
@@ -97,6 +104,16 @@ def _auto(config: PretrainedConfig) -> Any:
     if any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
         return AutoModelForSequenceClassification
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
+def _only_fills_gaps(config: PretrainedConfig) -> bool:
+    """Whether transformers would build a causal LM that sees the tokens it is to predict."""
+    bidirectional = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not config.is_encoder_decoder
+    return (
+        bidirectional
+        and _auto(config) is AutoModelForCausalLM
+        and not getattr(config, "is_decoder", False)
+    )
 
 
 def find_device(name: str | None) -> torch.device:

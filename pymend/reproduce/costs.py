@@ -7,6 +7,7 @@ import platform
 import statistics
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,14 @@ STEPS, EDITS = 5, 10
 ALGORITHMS = ("mend", *RIVALS)
 TITLES = {"memory": "Memory", "time": "Time"}
 UNITS = {"memory": "MiB", "time": "seconds"}
+STEP = ("editor MiB", "step MiB", "step seconds")  # of algorithms that are trained
+EDIT = ("edit MiB", "edit seconds")
+NO_MEMORY = (
+    "out of memory",
+    "not enough memory",
+    "DefaultCPUAllocator",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
 NOTE = (
     "The steps and the edits of each algorithm in processes of their own. Memory is the peak of "
     "resident memory (on a GPU, of what torch allocated) on top of the loaded model and the "
@@ -44,26 +53,63 @@ NOTE = (
 def measured(scale: Scale, place: Place) -> dict[str, Any]:
     """What ``memory`` and ``time`` show, measured once for both.
 
-    ``costs.json`` keeps it; delete it to measure again.
+    ``costs.json`` keeps each algorithm on each setup as soon as it is measured, or did not fit into
+    memory; delete it to measure again.
 
     Raises:
-        ValueError: the file is of other settings.
+        ValueError: as :func:`missing`.
     """
-    file, spec = place.output / "costs.json", _spec(scale, place)
+    left, known = missing(scale, place), _known(scale, place)
+    for run in tqdm(left, "costs", disable=not left):
+        known["costs"].append(_measure(scale, run, place))
+        write_json(_file(place), known)
+    return known
+
+
+def missing(scale: Scale, place: Place) -> list[Run]:
+    """What :func:`measured` has still to measure.
+
+    Raises:
+        ValueError: ``costs.json`` is of other settings, or was begun on another machine.
+    """
+    known = _known(scale, place)
+    done = {Run(c["setup"], c["algorithm"]) for c in known["costs"]}
+    left = [run for run in _runs(scale) if run not in done]
+    if left and known["machine"] != machine():
+        raise ValueError(
+            f"{_file(place)} was begun on another machine ({known['machine']}, here "
+            f"{machine()}); go on there, or delete it to measure again"
+        )
+    return left
+
+
+def memory_of_edits(scale: Scale, place: Place) -> dict[Run, float | None]:
+    """Extra peak memory of an edit [MiB], of what was measured; None if it did not fit.
+
+    Raises:
+        ValueError: ``costs.json`` is of other settings.
+    """
+    costs = _known(scale, place)["costs"]
+    return {Run(c["setup"], c["algorithm"]): c["edit MiB"] for c in costs}
+
+
+def _known(scale: Scale, place: Place) -> dict[str, Any]:
+    """What ``costs.json`` holds, or is to hold before anything is measured."""
+    file, spec = _file(place), _spec(scale, place)
     if not file.is_file():
-        costs = _measure_all(scale, place)
-        write_json(file, {"spec": spec, "machine": machine(), "costs": costs})
+        return {"spec": spec, "machine": machine(), "costs": []}
     known = read_json(file)
     if known.get("spec") != spec:
         raise ValueError(f"{file} is of other settings; delete it to measure again")
     return known
 
 
-def memory_of_edits(scale: Scale, place: Place) -> dict[Run, float]:
-    """Extra peak memory of an edit [MiB], of the runs that were measured."""
-    known = (place.output / "costs.json").is_file()
-    costs = measured(scale, place)["costs"] if known else []
-    return {Run(c["setup"], c["algorithm"]): c["edit MiB"] for c in costs}
+def _file(place: Place) -> Path:
+    return place.output / "costs.json"
+
+
+def _runs(scale: Scale) -> list[Run]:
+    return [Run(setup, algorithm) for setup in setups(scale) for algorithm in ALGORITHMS]
 
 
 def setups(scale: Scale) -> list[str]:
@@ -73,11 +119,10 @@ def setups(scale: Scale) -> list[str]:
 
 def _spec(scale: Scale, place: Place) -> dict[str, Any]:
     """What the measurements depend on, as JSON gives it back."""
-    runs = [Run(setup, algorithm) for setup in setups(scale) for algorithm in ALGORITHMS]
     return {
         "dtype": place.dtype,
         "matmul": place.matmul,
-        "settings": {run.name: to_json(_settings(scale, run)) for run in runs},
+        "settings": {run.name: to_json(_settings(scale, run)) for run in _runs(scale)},
     }
 
 
@@ -94,11 +139,10 @@ def write(scale: Scale, name: str, command: str, place: Place) -> Path:
     """Write ``name``.md, .csv and .png of :func:`measured`."""
     folder, known = place.output, measured(scale, place)
     unit = UNITS[name]
-    kinds = [f"{what} {unit}" for what in ("editor", "step", "edit")]
     costs = [c for c in known["costs"] if c["setup"] in scale.tables[name]]
-    kinds = [kind for kind in kinds if any(kind in c for c in costs)]
+    kinds = [kind for kind in (*STEP, *EDIT) if kind.endswith(unit)]
     rows = [
-        (c["setup"], c["algorithm"], *(number(c.get(k)) for k in kinds), c["episodes in a step"])
+        (c["setup"], c["algorithm"], *(_cell(c, k) for k in kinds), c["episodes in a step"])
         for c in costs
     ]
     head = ("setup", "algorithm", *kinds, "episodes in a step")
@@ -126,28 +170,43 @@ def machine() -> str:
     return f"{platform.machine()} CPU, {threads} threads, torch {torch.__version__}"
 
 
-def _measure_all(scale: Scale, place: Place) -> list[dict[str, Any]]:
-    """What every algorithm takes on every setup, one after the other.
+def _cell(costs: Mapping[str, Any], kind: str) -> str:
+    """A dash where there is nothing to measure, as steps of what is not trained."""
+    failed = kind in costs and costs[kind] is None
+    return figures.OUT_OF_MEMORY if failed else number(costs.get(kind))
+
+
+def _measure(scale: Scale, run: Run, place: Place) -> dict[str, Any]:
+    """What ``run`` takes; None, and why, from where it did not fit into memory.
 
     A process for each measurement, since memory that was freed is not given back to the system.
     """
-    found = []
-    jobs = [Run(setup, algorithm) for setup in setups(scale) for algorithm in ALGORITHMS]
-    for run in tqdm(jobs, "costs"):
-        data.prepare(scale.setups[run.setup], place.sets)
-        train = scale.settings(run).train
-        costs = {
-            "setup": run.setup,
-            "algorithm": run.algorithm,
-            "episodes in a step": train.batch_size if train else "-",
-        }
-        with tempfile.TemporaryDirectory() as scratch:
+    data.prepare(scale.setups[run.setup], place.sets)
+    train = scale.settings(run).train
+    costs: dict[str, Any] = {
+        "setup": run.setup,
+        "algorithm": run.algorithm,
+        "episodes in a step": train.batch_size if train else "-",
+        **dict.fromkeys((*STEP, *EDIT) if train else EDIT),
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        asked = {run: (scale, run, place, Path(scratch))}
+        try:
             for measure in (measure_steps, measure_edits) if train else (measure_edits,):
-                asked = {run: (scale, run, place, Path(scratch))}
                 [(_, taken)] = in_processes(measure, asked, 1, place.matmul)
                 costs |= taken
-        found.append(costs)
-    return found
+        except (RuntimeError, MemoryError) as error:
+            if not _is_lack_of_memory(error):
+                raise
+            costs["failed"] = str(error)
+    return costs
+
+
+def _is_lack_of_memory(error: Exception) -> bool:
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    # On a CPU, and from within an operator of this package, it has no type of its own.
+    return any(words in str(error) for words in NO_MEMORY)
 
 
 def measure_steps(scale: Scale, run: Run, place: Place, scratch: Path) -> dict[str, float]:

@@ -7,46 +7,56 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pymend.algorithms.registry import load_editor
 from pymend.config import EditRequest
+from pymend.files import write_json
 from pymend.report import greedy
 from pymend.reproduce import data
 from pymend.reproduce.plan import Run, Scale
 from pymend.reproduce.runs import Place, loaded
-from pymend.reproduce.tables import markdown, write_text
+from pymend.reproduce.tables import markdown, write_csv, write_text
 from pymend.tokens import Encoder
 
 EDITS = 10  # shown
 OTHERS = 2  # paraphrases and neighbours of each
 TOKENS = 12  # of an answer, at most
+HEAD = ("kind", "prompt", "before", "after", "mark")
 
 TITLES = {"table8": "Generation edits", "table10": "Edits, paraphrases, neighbours"}
 
 
 def write(scale: Scale, name: str, folder: Path, command: str, place: Place) -> Path:
-    """Write ``name``.md with MEND's edits of the first test records; the editor is there."""
+    """Write ``name``.md, .csv and .json: MEND's edits of the first test records; return the first.
+
+    Raises:
+        FileNotFoundError: of a run of MEND only the result is there.
+    """
     parts = [f"# {name}: {TITLES[name]}", "", scale.note, "", f"    {command}", ""]
+    shown: dict[str, list[tuple[str, ...]]] = {}
     for setup in scale.tables[name]:
         model, tokenizer = loaded(scale.setups[setup].model, place.dtype, place.device)
-        editor = load_editor(place.folder(Run(setup, "mend")) / "editor")
+        editor = place.editor(Run(setup, "mend"))
         records = data.records(scale.setups[setup], place.sets, place.files)["test"][:EDITS]
         encoder = Encoder.for_model(model, tokenizer)
 
         def answers(prompts: Sequence[str]) -> list[str]:
             return greedy(model, encoder, prompts, TOKENS)  # noqa: B023
 
-        lines = []
+        lines: list[tuple[str, ...]] = []
         for request in records:
             edit = editor.edit(model, tokenizer, request)
             lines += _table(request, answers, lambda: edit.applied(model))  # noqa: B023
         marks = Counter(f"{line[0]} {line[4]}" for line in lines)
         parts += [f"## {Path(scale.setups[setup].model).name}, {setup}", ""]
         parts += [", ".join(f"{mark}: {n}" for mark, n in sorted(marks.items())), ""]
-        parts += markdown(("", "prompt", "before", "after", "mark"), lines)
+        parts += markdown(("", *HEAD[1:]), [[_plain(text) for text in line] for line in lines])
         parts.append("")
-    path = folder / f"{name}.md"
-    write_text(path, "\n".join(parts))
-    return path
+        shown[setup] = lines
+    write_text(folder / f"{name}.md", "\n".join(parts))
+    rows = [(setup, *line) for setup, lines in shown.items() for line in lines]
+    write_csv(folder / f"{name}.csv", ("setup", *HEAD), rows)
+    looks = {s: [dict(zip(HEAD, line, strict=True)) for line in shown[s]] for s in shown}
+    write_json(folder / f"{name}.json", {"command": command, "examples": looks})
+    return folder / f"{name}.md"
 
 
 def _table(
@@ -60,7 +70,7 @@ def _table(
     before = answers(prompts)
     with applied():
         after = answers(prompts)
-    lines = []
+    lines: list[tuple[str, ...]] = []
     for kind, prompt, old, new in zip(kinds, prompts, before, after, strict=True):
         if kind == "neighbour":
             wrong = new.startswith(request.target) and not old.startswith(request.target)
@@ -70,7 +80,7 @@ def _table(
         else:
             mark = "did not take" if kind == "edit" else "under-generalised"
         shown = f"{prompt} → {request.target}" if kind == "edit" else prompt
-        lines.append((kind, *map(_plain, (shown, old, new)), mark))
+        lines.append((kind, shown, old, new, mark))
     return lines
 
 

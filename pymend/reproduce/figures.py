@@ -13,6 +13,7 @@ from pymend.reproduce.plan import Scale
 from pymend.reproduce.tables import NAMES, Results, Row, Table, cell, paper, printed
 
 GREY = "#888888"
+OUT_OF_MEMORY = "out of memory"
 
 
 @contextmanager
@@ -136,12 +137,20 @@ def _star(looks: Sequence[Mapping[str, Any]]) -> float:
     return float(looks[0]["eps"] / looks[0]["factor"])
 
 
-def bars(title: str, unit: str, values: Mapping[str, Mapping[str, float]], path: Path) -> None:
-    """A panel for each key of ``values``, in it a bar for each of its names, with its number."""
+def bars(
+    title: str, unit: str, values: Mapping[str, Mapping[str, float | None]], path: Path
+) -> None:
+    """A panel for each key of ``values``, in it a bar for each of its names, with its number.
+
+    Args:
+        values: None is of what did not fit into memory, which the panel says in words.
+    """
     with _figure(path, len(values), title, 4.2) as axes:
         for ax, (panel, named) in zip(axes, values.items(), strict=True):
-            drawn = ax.barh(list(named)[::-1], list(named.values())[::-1], color=GREEN)
-            ax.bar_label(drawn, fmt="%.3g", padding=3, fontsize=8)
+            lengths = list(named.values())[::-1]
+            drawn = ax.barh(list(named)[::-1], [x or 0.0 for x in lengths], color=GREEN)
+            labels = [OUT_OF_MEMORY if x is None else f"{x:.3g}" for x in lengths]
+            ax.bar_label(drawn, labels, padding=3, fontsize=8)
             ax.margins(x=0.15)
             ax.set_axisbelow(True)
             ax.set_xlabel(unit)

@@ -75,6 +75,20 @@ class Place:
         """The folder of ``run``."""
         return self.output / "runs" / run.name
 
+    def editor(self, run: Run) -> Trainable:
+        """The editor that ``run`` trained.
+
+        Raises:
+            FileNotFoundError: only its result is there.
+        """
+        folder = self.folder(run)
+        try:
+            return load_editor(folder / "editor")
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"{folder} holds no editor, which is needed here; delete it to train one again"
+            ) from error
+
 
 def start(threads: int, matmul: str) -> None:
     """Set up a process: torch, and no word about every file that is read."""
@@ -197,7 +211,7 @@ class _Bench:
     def _editor_before(self) -> Trainable:
         after = self.scale.after(self.of)
         assert after
-        return load_editor(self.place.folder(after) / "editor")
+        return self.place.editor(after)
 
     def _thresholds(self, factors: Sequence[float], test: Sequence[EditRequest]) -> dict[str, Any]:
         """Cache at multiples of eps*, where its drawdown on validation records is MEND's."""

@@ -213,7 +213,7 @@ def write(
     name: str,
     table: Table,
     results: Results,
-    memory: Mapping[Run, float],
+    memory: Mapping[Run, float | None],
     folder: Path,
     command: str,
     seed: int,
@@ -297,7 +297,7 @@ def _details(
     columns: Mapping[str, str],
     cells: Mapping[tuple[str, str], Cell | None],
     results: Results,
-    memory: Mapping[Run, float],
+    memory: Mapping[Run, float | None],
 ) -> list[dict[str, Any]]:
     """One line for each cell, with every score."""
     lines = []

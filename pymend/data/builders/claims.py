@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pymend.config import EditRequest, Probe
+from pymend.data.builders.kilt import kilt_row
 from pymend.data.builders.sets import LOCALITY, SPLITS, Splits, ordered, partition
 from pymend.data.choices import draw, hashed, pick
 from pymend.data.facts import (
@@ -50,27 +51,36 @@ class Claim:
 
 
 def read_claims(path: Path) -> list[Claim]:
-    """The claims of a FEVER file (``claim``, ``label``, ``evidence``) that are true or false.
+    """The claims of a FEVER file that are true or false.
+
+    Its rows have the fields ``claim``, ``label`` and ``evidence``, or KnowledgeEditor's.
 
     Raises:
         ValueError: a malformed row, an unknown label, or no claim with a truth value.
     """
     found: dict[str, Claim] = {}
-    for row in read_rows(path):
-        text, label = _tidy(row.text("claim")), _label(row)
-        if label is not None and text not in found:
-            group = json.dumps(row.values.get("evidence") or text)
-            found[text] = Claim(text, label, group, rephrases=_framed(text))
+    for claim in map(_labelled, read_rows(path)):
+        if claim is not None:
+            found.setdefault(claim.text, claim)
     if not found:
         raise ValueError(f"{path}: no claim is labelled SUPPORTS or REFUTES; check the file")
     return list(found.values())
 
 
-def _label(row: RawRow) -> bool | None:
-    label = row.text("label")
-    if label not in LABELS:
-        raise ValueError(f"{row.where}: label is {label!r}; use one of {', '.join(LABELS)}")
-    return LABELS[label]
+def _labelled(row: RawRow) -> Claim | None:
+    """None for a claim that is neither true nor false."""
+    kilt = kilt_row(row)
+    if kilt is None:
+        text, name, evidence = row.text("claim"), row.text("label"), row.values.get("evidence")
+    else:
+        text, name, evidence = kilt.text, kilt.answers[0], kilt.page
+    if name not in LABELS:
+        raise ValueError(f"{row.where}: label is {name!r}; use one of {', '.join(LABELS)}")
+    label, text = LABELS[name], _tidy(text)
+    if label is None:
+        return None
+    own = tuple(map(_tidy, kilt.rephrases)) if kilt else ()
+    return Claim(text, label, json.dumps(evidence or text), rephrases=own or _framed(text))
 
 
 def _tidy(text: str) -> str:

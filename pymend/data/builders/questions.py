@@ -9,8 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from pymend.config import EditRequest, Probe
+from pymend.data.builders.kilt import kilt_row
 from pymend.data.builders.sets import LOCALITY, SPLITS, Splits, ordered, partition
-from pymend.data.choices import draw
+from pymend.data.choices import draw, pick
 from pymend.data.facts import Relation, Split, fact_requests, load_relations, split_of
 from pymend.data.readers import RawRow, as_question, read_rows, without_overlap, zsre_request
 
@@ -20,16 +21,37 @@ NEAR = 2  # of the locality questions about built-in facts, how many are of the 
 
 
 def read_zsre(path: Path) -> list[EditRequest]:
-    """The rows of a file in MEND's fields that have an alternative answer.
+    """The rows in MEND's or KnowledgeEditor's fields with an alternative answer and a rephrase.
 
     Raises:
-        ValueError: a malformed row, or no row with an alternative.
+        ValueError: a malformed row, or no row with both.
     """
-    requests = [zsre_request(row) for row in read_rows(path)]
+    requests = map(_request, read_rows(path))
     records = [r for r in requests if r is not None]
     if not records:
-        raise ValueError(f"{path}: no row has an alternative answer; fill in the field 'alt'")
+        raise ValueError(
+            f"{path}: no row has an alternative answer and a rephrase; fill in the fields 'alt' "
+            "and 'rephrase', or 'alternatives' and 'filtered_rephrases'"
+        )
     return records
+
+
+def _request(row: RawRow) -> EditRequest | None:
+    """None for a row that MEND leaves out too."""
+    kilt = kilt_row(row)
+    if kilt is None:
+        return zsre_request(row)
+    # The alternatives are what a model nearly said, so that a true answer may be among them.
+    targets = pick({*kilt.alternatives} - {*kilt.answers}, 1, "target", kilt.text)
+    if not targets or not kilt.rephrases:
+        return None
+    return EditRequest(
+        prompt=kilt.text,
+        target=targets[0],
+        ground_truth=kilt.answers[0],
+        subject=kilt.page,
+        rephrases=kilt.rephrases,
+    )
 
 
 def read_questions(path: Path) -> list[Probe]:
@@ -53,15 +75,19 @@ def zsre(records: Sequence[EditRequest], questions: Sequence[Probe] = (), seed: 
 
     Args:
         records: from :func:`read_zsre`.
-        questions: locality prompts in place of the records' own.
+        questions: locality prompts in place of the records' own. Records that have none get the
+            other records' questions.
     """
     parts = partition(records, _subject)
-    if questions:
-        pools = partition(questions, lambda probe: probe.prompt)
-        for split, part in parts.items():
-            parts[split] = [
-                replace(r, locality=_probes(pools[split], r, seed, "zsre")) for r in part
-            ]
+    asked = partition(questions, lambda probe: probe.prompt)
+    for split, part in parts.items():
+        pool = asked[split] if questions else [Probe(r.prompt, r.ground_truth) for r in part]
+        parts[split] = [
+            replace(r, locality=_probes(pool, r, seed, "zsre"))
+            if questions or not r.locality
+            else r
+            for r in part
+        ]
     train = without_overlap(parts["train"], parts["validation"] + parts["test"])
     validation = without_overlap(parts["validation"], parts["test"])
     return {
@@ -138,7 +164,8 @@ def _subject(record: EditRequest) -> str:
 
 
 def _wording(record: EditRequest) -> str:
-    return record.prompt.replace(_subject(record), "{}")
+    """The question without its subject; a question without one is like no other."""
+    return record.prompt.replace(record.subject, "{}") if record.subject else record.prompt
 
 
 def _shared(a: str, b: str) -> float:

@@ -24,11 +24,13 @@ Splits = dict[Split, list[EditRequest]]
 T = TypeVar("T")
 
 DEFINITIONS = {
-    "zsre": "Questions of zsRE with the alternative answer as target and the back-translated "
-    "question as rephrase. Locality prompts are NQ questions with their shortest answer, written "
-    "with a capital and a question mark; without an NQ file, the one that the raw record carries. "
-    "Split by subject; training and validation records that share a prompt or locality prompt with "
-    "a later split are dropped.",
+    "zsre": "Questions of zsRE with the alternative answer as target (of several, one drawn by a "
+    "hash of the question) and the back-translated question as rephrase. Locality prompts are NQ "
+    "questions with their shortest answer, written with a capital and a question mark; without an "
+    "NQ file, the one that the raw record carries, or else other questions of the set with their "
+    "true answers. Split by subject (in KnowledgeEditor's files the title of the page with the "
+    "answer, or else the question); training and validation records that share a prompt or "
+    "locality prompt with a later split are dropped.",
     "zsre-hard": "Ours: the paper names a zsRE-hard but does not define it, so numbers on this set "
     "are not the paper's. Its purpose is that of the paper's appendix G, inputs that confuse a "
     "cache keyed by mean hidden states. Such a cache answers whatever is near in words. Locality "
@@ -39,10 +41,11 @@ DEFINITIONS = {
     "such a rephrase or locality prompt are left out. Split by subject.",
     "fever": "Claims with the other label as target (true for false and false for true; NOT ENOUGH "
     "INFO is left out). The paper's no-op edits, the model's own prediction half of the time, "
-    "need a model and are not made. Rephrases put the claim into fixed frames that keep its truth. "
-    "Locality prompts are other claims with their labels. A claim given several times has the "
-    "label of its first record: in FEVER-Symmetric the one with the original evidence. Split by "
-    "that evidence, so that a claim and its counterpart stay together.",
+    "need a model and are not made. Rephrases are the raw record's; if it has none, the claim in "
+    "fixed frames that keep its truth. Locality prompts are other claims with their labels. A "
+    "claim given several times has the label of its first record: in FEVER-Symmetric the one with "
+    "the original evidence. Split by that evidence (in KnowledgeEditor's files by the title of its "
+    "page), so that a claim and its counterpart stay together.",
     "claims": "Built-in facts as claims, half of them with a wrong object of the same type; the "
     "target is the other truth value. Rephrases are the relation's other wordings of the same "
     "claim. Locality prompts are claims about other subjects with their truth values, two of them "
