@@ -394,7 +394,9 @@ def test_an_encoder_without_a_head(
     """transformers would take it for a causal LM."""
     tokenizer = tiny.tokenizer()
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    kind(transformers.BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "m")
+    kind(transformers.BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(
+        tmp_path / "m"
+    )
     tokenizer.save_pretrained(tmp_path / "m")
     argv = ("--data", "facts", "--output", tmp_path / "o")
     error = fails(capsys, "train", "--model", tmp_path / "m", *argv)
