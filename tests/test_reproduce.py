@@ -395,6 +395,19 @@ def test_other_settings_are_refused(scale_file: Path, capsys: pytest.CaptureFixt
     assert perform(scale, run, place(scale_file), progress=False) == first
 
 
+def test_a_model_by_another_recipe_is_another_setting(
+    scale_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scale, run = load_scale(str(scale_file)), Run("wikitext", "ft")
+    perform(scale, run, place(scale_file), progress=False)
+    spec = costs._spec(scale, place(scale_file))
+    for module in (runs, costs):
+        monkeypatch.setattr(module, "edition", lambda name: 7)
+    with pytest.raises(ValueError, match="is of other settings; choose another output folder"):
+        perform(scale, run, place(scale_file), progress=False)
+    assert costs._spec(scale, place(scale_file)) != spec
+
+
 @pytest.mark.filterwarnings("ignore:step")
 def test_a_training_that_diverges_is_shown_as_such(scale_file: Path) -> None:
     scale, run = load_scale(str(scale_file)), Run("wikitext", "mend")

@@ -189,7 +189,12 @@ def folder(name: str, seed: int = 0) -> Path:
     """
     if name not in RECIPES:
         raise ValueError(f"no model is called {name!r}; choose one of {', '.join(RECIPES)}")
-    return cache_dir() / (f"{name}-v{RECIPES[name].edition}" + (f"-seed{seed}" if seed else ""))
+    return cache_dir() / (f"{name}-v{edition(name)}" + (f"-seed{seed}" if seed else ""))
+
+
+def edition(name: str) -> int | None:
+    """Of the recipe of the model called ``name``; None if no model made here is called so."""
+    return RECIPES[name].edition if name in RECIPES else None
 
 
 def make(name: str, seed: int = 0, progress: bool = True) -> Path:

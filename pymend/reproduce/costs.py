@@ -22,6 +22,7 @@ from pymend.algorithms.registry import TRAINABLE, load_editor
 from pymend.config import CacheConfig, EditorConfig, FineTuneConfig, to_json
 from pymend.data.builders import Splits
 from pymend.files import read_json, write_json
+from pymend.models.mini import edition
 from pymend.report import number
 from pymend.reproduce import data, figures
 from pymend.reproduce.plan import RIVALS, Run, Scale, Settings
@@ -119,10 +120,12 @@ def setups(scale: Scale) -> list[str]:
 
 def _spec(scale: Scale, place: Place) -> dict[str, Any]:
     """What the measurements depend on, as JSON gives it back."""
+    made = {name: edition(scale.setups[name].model) for name in setups(scale)}
     return {
         "dtype": place.dtype,
         "matmul": place.matmul,
         "settings": {run.name: to_json(_settings(scale, run)) for run in _runs(scale)},
+        "editions": {name: number for name, number in made.items() if number},
     }
 
 

@@ -35,6 +35,7 @@ from pymend.errors import meant_for_user
 from pymend.evaluation import evaluate
 from pymend.files import read_json, writable_dir, write_json
 from pymend.models.load import is_to_be_made, load_model, locate
+from pymend.models.mini import edition
 from pymend.reproduce import data
 from pymend.reproduce.plan import Run, Scale, Settings
 from pymend.trainable import Trainable
@@ -163,6 +164,9 @@ class _Bench:
             "matmul": self.place.matmul,
             "seed": self.place.seed,
         }
+        made = edition(self.setup.model)
+        if made:
+            spec["edition"] = made
         before = self.scale.before(self.of)
         if before:
             spec["before"] = [to_json(self.scale.settings(run)) for run in before]
