@@ -104,9 +104,9 @@ def test_the_same_seed_gives_the_same_bits(
 def test_facts_are_learned(name: str) -> None:
     """From nothing to 29 facts, on seen wordings."""
     rate = 2 * mini.RECIPES[name].lr
-    recipe = replace(tiny(name), steps=1000, lr=rate, warmup=50, batch=16, check=25, bar=0.95)
+    recipe = replace(tiny(name), steps=1000, lr=rate, warmup=50, batch=16, check=25, bar=0.9)
     model, _, card = mini.train(recipe, progress=False)
-    assert card["known"]["seen"] >= 0.95 and card["steps"] < 1000
+    assert card["known"]["seen"] >= 0.9 and card["steps"] < 1000  # of 116 rows or so
     assert not model.training and all(p.requires_grad for p in model.parameters())
 
 
