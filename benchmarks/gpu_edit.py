@@ -8,7 +8,8 @@ D   cuBLAS: grouped by shape, ``addmm_``, in a CUDA graph
 E   ours: what the package does, eager, with its checks
 F   ours: ``apply_edit`` without the checks that wait, in a CUDA graph
 
-A and A' are float32, as that code is. Every way is held against float64 before it is timed.
+A and A' are float32, as that code is. Every way is held against float64 before it is timed. In
+"tf32" everything is float32, and torch may take its products in TF32.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from gpu_run import Call, Case, Device, Operands, Run, compare_all
+from gpu_run import Call, Case, Device, Operands, Run, compare_all, in_tf32
 from official_order import OfficialOrder
 from torch import Tensor
 
@@ -39,10 +40,11 @@ MODELS: dict[str, tuple[tuple[tuple[int, int, int], ...], bool]] = {  # (a, b, c
     "SmolLM2-135M": (((576, 1536, 6), (1536, 576, 3)), False),
     "T5-XXL": (((4096, 10240, 4), (10240, 4096, 4)), False),
 }
+COMPARED = ("GPT-2 small", "GPT-J 6B")  # against what takes long, the short one first
 FIRST, LATER = (32, 128), (8, 1024)  # rows per matrix, in the order of their worth
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "tf32": torch.float32}
 # The edit is about as large as the weight, so this bounds the error of either.
-TOLERANCE = {"bfloat16": 3e-2, "float32": 1e-4}
+TOLERANCE = {"bfloat16": 3e-2, "float32": 1e-4, "tf32": 5e-3}
 SHRINK = 64  # of every width, in a rehearsal
 OFFICIAL = ("A official", "A' lean")
 COMPILED = ("C compiled graph", "D cuBLAS graph", "F ours graph")
@@ -233,7 +235,7 @@ def case(
     def make(seed: int) -> Operands:
         s = Subject(model, count, DTYPES[dtype], device, run.dry, seed)
         rivals: dict[str, Call] = {}
-        if dtype == "float32":
+        if dtype != "bfloat16":
             rivals |= {OFFICIAL[0]: s.dense(log=True), OFFICIAL[1]: s.dense(log=False)}
         rivals |= {"B factored": s.factored, "D cuBLAS graph": s.grouped}
         rivals |= {"E ours": s.package, "F ours graph": s.unchecked}
@@ -243,6 +245,8 @@ def case(
                 s.grouped, dynamic=False, **({"backend": "aot_eager"} if run.dry else mode)
             )
         rivals = {n: c for n, c in rivals.items() if not names or n in names}
+        if dtype == "tf32":
+            rivals = {name: in_tf32(call) for name, call in rivals.items()}
         return Operands(s.W, rivals, lambda: s.dense(log=False, dtype=torch.float64)())
 
     network, update = phases(model, rows, DTYPES[dtype].itemsize)
@@ -273,11 +277,9 @@ def edit(run: Run) -> None:
     run.save(tolerance=TOLERANCE)
     sizes = [(model, rows) for rows in FIRST for model in MODELS]
     sizes += [(model, rows) for rows in LATER for model in list(MODELS)[: 1 if run.dry else None]]
-    compare_all(
-        run,
-        device,
-        [partial(case, run, device, *size, dtype) for size in sizes for dtype in DTYPES],
-    )
+    wanted = [(*size, dtype) for size in sizes for dtype in ("bfloat16", "float32")]
+    wanted[2:2] = [(model, FIRST[0], "tf32") for model in COMPARED]
+    compare_all(run, device, [partial(case, run, device, *what) for what in wanted])
 
 
 @torch.no_grad()
@@ -290,6 +292,6 @@ def compiled(run: Run) -> None:
         [
             partial(case, run, device, model, rows, "bfloat16", COMPILED)
             for rows in FIRST
-            for model in ("GPT-J 6B", "GPT-2 small")
+            for model in COMPARED
         ],
     )

@@ -31,6 +31,7 @@ from torch import Tensor
 OURS = "ours graph"
 SHAPES = {"GPT-J 6B": (4096, 16384), "GPT-2 small": (768, 3072)}  # d, f of three blocks' MLPs
 RANK = 1920
+MANY = 64  # rows of an update
 VOCABULARY = 50400
 ADAM = {"lr": 1e-4, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
 CLIP = 100.0
@@ -73,7 +74,10 @@ def present() -> dict[str, Any]:
 
 @op
 def rank_update(sizes: Sizes) -> Iterator[Case]:
-    """Six matrices W -= alpha d~^T u~ (G6); torch: one ``addmm_`` for each."""
+    """Six matrices W -= alpha d~^T u~ (G6); torch: one ``addmm_`` for each.
+
+    For many rows also the op's own form in torch: what would run in the kernel's place.
+    """
     module = present()["rank_update"]
     for model, (d, f) in SHAPES.items():
         d, f = sizes.of(d), sizes.of(f)
@@ -114,15 +118,11 @@ def rank_update(sizes: Sizes) -> Iterator[Case]:
                         update(weights, u, delta, alpha, [conv1d] * 6)
                         return weights
 
-                    return Operands(
-                        weights,
-                        {
-                            "addmm_": addmm,
-                            "addmm_ graph": addmm,
-                            "ours": partial(ours, module.rank_update),
-                            OURS: partial(ours, module._run),
-                        },
-                    )
+                    rivals = {"addmm_": addmm, "addmm_ graph": addmm}
+                    if rows > MANY:
+                        rivals["own form in torch"] = partial(ours, module.eager)
+                    rivals["ours"] = partial(ours, module.rank_update)
+                    return Operands(weights, {**rivals, OURS: partial(ours, module._run)})
 
                 label = {"op": "rank_update", "model": model, "N": n, "dtype": _name(dtype)}
                 flops = 2 * rows * 6 * d * f

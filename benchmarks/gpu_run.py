@@ -57,6 +57,20 @@ def stand_in_for_transformers() -> bool:
     return False
 
 
+def in_tf32(call: Call) -> Call:
+    """``call`` while torch may take float32 products in TF32."""
+
+    def allowed() -> Any:
+        former = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high")
+        try:
+            return call()
+        finally:
+            torch.set_float32_matmul_precision(former)
+
+    return allowed
+
+
 # -- files ---------------------------------------------------------------------------------------
 
 

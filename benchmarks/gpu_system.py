@@ -17,7 +17,7 @@ import gpu_run
 import harness
 import torch
 import transformers
-from gpu_run import Call, Device, Run, error
+from gpu_run import Call, Device, Run, error, in_tf32
 from official_order import OfficialOrder
 
 from pymend.config import MendConfig, TrainConfig
@@ -81,20 +81,6 @@ def mend_for(model: Any, device: Device, config: MendConfig) -> Mend:
         net.moments.count.fill_(SEEN)
         net.moments.m2.fill_(SEEN)
     return mend
-
-
-def in_tf32(call: Call) -> Call:
-    """``call`` while float32 products may be taken in TF32."""
-
-    def allowed() -> Any:
-        former = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("high")
-        try:
-            return call()
-        finally:
-            torch.set_float32_matmul_precision(former)
-
-    return allowed
 
 
 def ours(model: Any, device: Device, amounts: Amounts) -> dict[str, tuple[Call, int]]:

@@ -126,12 +126,13 @@ def _adam(results: Results, steps: int) -> float:
 
 
 A, LEAN, B = "A official", "A' lean", "B factored"
-F32, BF16 = "float32", "bfloat16"
+F32, TF32, BF16 = "float32", "tf32", "bfloat16"
 J, G2, L3 = "GPT-J 6B", "GPT-2 small", "Llama-3-8B"
 REACHED: dict[str, Sequence[Callable[[Results], float]]] = {  # in the order of predictions.json
     "G1": (lambda r: _share(r, J), lambda r: _share(r, L3)),
     "G1b": (lambda r: _share(r, G2),),
     "G2": (lambda r: _against(r, J, A, F32, F32), lambda r: _against(r, G2, A, F32, F32)),
+    "G2t": (lambda r: _against(r, J, A, TF32, TF32), lambda r: _against(r, G2, A, TF32, TF32)),
     "G2b": (lambda r: _against(r, J, A, F32, BF16), lambda r: _against(r, G2, A, F32, BF16)),
     "G3": (lambda r: _against(r, J, LEAN, F32, F32),),
     "G4": (lambda r: _against(r, J, B, BF16, BF16), lambda r: _against(r, G2, B, BF16, BF16)),

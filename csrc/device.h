@@ -20,6 +20,43 @@ void launch(void (*kernel)(Parameters...), int64_t grid, int block, size_t share
   kernel<<<static_cast<unsigned>(grid), block, shared, stream>>>(arguments...);
 }
 
+// Launches a kernel that may start while the one launched before it on the stream still runs, from Hopper on: the time of
+// a launch is hidden. All its threads that touch what that one writes must call await_former() before. The former should
+// call let_next_start(); what came before that is safe to read at once if the former was launched by launch().
+template <typename... Parameters, typename... Arguments>
+void launch_early(void (*kernel)(Parameters...), int64_t grid, int block, size_t shared, Stream stream,
+                  const Arguments&... arguments) {
+  int device = 0, major = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (major < 9) return launch(kernel, grid, block, shared, stream, arguments...);
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(grid));
+  config.blockDim = dim3(static_cast<unsigned>(block));
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = 1;
+  cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+}
+
+// Lets a kernel behind this one, launched by launch_early(), start once all blocks have called this or ended.
+__device__ __forceinline__ void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+// Waits until the kernel before this one has ended and its writes are seen. Nothing to do after launch().
+__device__ __forceinline__ void await_former() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // Launches a grid whose blocks all run at once, or fails: they may meet in sync_grid().
 template <typename Operands>
 void launch_together(void (*kernel)(Operands), int64_t grid, int block, size_t shared, Stream stream,

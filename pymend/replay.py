@@ -21,7 +21,7 @@ from pymend.losses import LabelRows, class_logits
 from pymend.models import EditedWeight, forwards, is_plain, lowest_block, stacks
 from pymend.tokens import Batch, Row, stacked
 
-PASS_TOKENS = 64  # padding that costs about as much as another pass
+PASS_TOKENS = 64  # padding that costs a CPU about as much as another pass
 GROUP_TOKENS = 2048  # tokens of one prefix pass; more gains nothing, and memory grows
 
 
@@ -54,6 +54,8 @@ class Replay:
         self._last = False  # whether what the head returns is what the model returns
         # A classifier has no cache to leave out.
         self._options = {} if head is None else {"use_cache": False}
+        # A GPU pads sooner than it begins again: a pass is hundreds of launches.
+        self._padding = PASS_TOKENS if self.device.type == "cpu" else GROUP_TOKENS
         self._keep = keep
         self._states: dict[tuple[int, ...], list[Tensor]] = {}
         self._shape: tuple[list[Any], TreeSpec, list[int]] | None = None
@@ -72,7 +74,7 @@ class Replay:
         for ids in todo:
             padding = len(ids) * len(group) - sum(map(len, group))
             full = (len(group) + 1) * len(ids) > GROUP_TOKENS
-            if group and (full or padding > PASS_TOKENS):
+            if group and (full or padding > self._padding):
                 self._record(group)
                 group = []
             group.append(ids)

@@ -57,7 +57,8 @@ struct Launcher {
     Tensor partial = torch::stable::new_empty(alpha, {2 * list.tiles}, ScalarType::Double);
     auto* kept = static_cast<Kept*>(partial.mutable_data_ptr());
     if (list.tiles > 0) update(kept);
-    launch(fidelity_kernel<T, BLOCK>, list.count, BLOCK, sizeof(FidelityShared<BLOCK>), stream, list, kept, fidelity);
+    launch_early(fidelity_kernel<T, BLOCK>, list.count, BLOCK, sizeof(FidelityShared<BLOCK>), stream, list, kept,
+                 fidelity);
     list = {};
   }
 
@@ -84,8 +85,8 @@ struct Launcher {
         turns *= AHEAD;
       }
     }
-    launch(kernel, list.tiles, MMA_BLOCK, sizeof(RankUpdateMmaShared<MMA_BLOCK>), stream, list, packed, step, turns,
-           kept);
+    launch_early(kernel, list.tiles, MMA_BLOCK, sizeof(RankUpdateMmaShared<MMA_BLOCK>), stream, list, packed, step,
+                 turns, kept);
   }
 };
 

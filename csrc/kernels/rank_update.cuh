@@ -89,6 +89,7 @@ __global__ void __launch_bounds__(BLOCK, 2)
   const int64_t row0 = static_cast<int64_t>(place / tiles_across) * Tile::ROWS;
   const int64_t col0 = static_cast<int64_t>(place % tiles_across) * Tile::COLS;
   const Acc<T> step = -alpha[m.index];
+  let_next_start();
 
   Kept kept;
   if (m.n > 0) {  // without factors W is not even read
@@ -113,6 +114,7 @@ template <typename T, int BLOCK>
 __global__ void fidelity_kernel(const __grid_constant__ RankUpdateList<T> list, const Kept* partial, Acc<T>* fidelity) {
   auto& shared = shared_memory<FidelityShared<BLOCK>>();
   const int index = blockIdx.x;
+  await_former();
   Kept kept;
   for (int64_t tile = list.item[index].first_tile + threadIdx.x; tile < list.end_tile(index); tile += BLOCK) {
     kept.add(partial[tile]);

@@ -15,7 +15,7 @@
 //            for each pair of warps, or for each, + its columns) from L2.
 // Caller     Operands as in RankUpdate<T>, no two weights overlapping; `packed` has room for first[count] units; blockDim =
 //            BLOCK; shared memory of RankUpdateMmaShared; `partial` holds one Kept per tile; pack_factors_kernel before
-//            and fidelity_kernel afterwards, same stream.
+//            and fidelity_kernel afterwards, same stream; the first by launch(), the others may be launched early.
 #pragma once
 
 #include <cmath>
@@ -68,6 +68,7 @@ PackedFactors place_factors(const RankUpdateList<T>& list, int64_t least_steps) 
 template <typename T, int BLOCK>
 __global__ void pack_factors_kernel(const __grid_constant__ RankUpdateList<T> list,
                                     const __grid_constant__ PackedFactors packed) {
+  let_next_start();
   const int64_t unit = int64_t(blockIdx.x) * (BLOCK / WARP) + threadIdx.x / WARP;
   if (unit >= packed.first[list.count]) return;
   const int index = packed.matrix_of(unit), lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
@@ -190,6 +191,7 @@ __global__ void __launch_bounds__(BLOCK, (RANDOM ? 256 : 384) / BLOCK)
   const float step = -alpha[m.index];
   // W's rows and columns from this lane's first on.
   int64_t down = m.rows - row - g;
+  let_next_start();
   const int right = static_cast<int>(m.cols - col < 64 ? m.cols - col : 64) - along;
 
   Kept kept;
@@ -200,6 +202,7 @@ __global__ void __launch_bounds__(BLOCK, (RANDOM ? 256 : 384) / BLOCK)
     for (int i = 0; i < 8; ++i) {
       before[i] = load_eight(weight + i / 2 * 8 * m.cols + i % 2 * 32, i / 2 * 8 < down ? right - i % 2 * 32 : 0, whole);
     }
+    await_former();  // for the factors, not for the weights
     for (int turn = 0; turn < strip && down > -g; ++turn) {
       float sum[2][8][4] = {};  // [16 rows][8 columns][what a lane holds of a product]
       for (int64_t s = 0; s < steps; ++s) {
@@ -290,12 +293,14 @@ __global__ void __launch_bounds__(BLOCK, 384 / BLOCK)
   // Of this lane in the products: rows g and g + 8 of 16, eight columns of each 32.
   Bf16* weight = m.weight + (row + lane / 4) * m.cols + col + lane % 4 * 8;
   const int last = static_cast<int>(m.rows - row < UNIT * turns ? (m.rows - row) / UNIT : turns);
+  let_next_start();
 
   Kept kept;
   if (col < m.cols) {
     Four<uint32_t> before[AHEAD][4], a[STEPS][PARTS], b[STEPS][4][PARTS];
 #pragma unroll
     for (int k = 0; k < AHEAD; ++k) load_turn(before[k], weight + k * UNIT * m.cols, m.cols);
+    await_former();  // for the factors, not for the weights
 #pragma unroll
     for (int i = 0; i < STEPS * PARTS; ++i) {
       a[i / PARTS][i % PARTS] = of_rows[i * WARP];

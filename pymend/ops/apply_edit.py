@@ -3,15 +3,16 @@
 A composition of the ops ``moments``, ``editor_stream`` and ``rank_update``, with no kernel of its
 own. The weights of one shape form a group, whose rows pass the editor together; one ``rank_update``
 then writes all weights. ``unchecked`` never waits for the device, so it can be captured in a CUDA
-graph; ``EditGraph`` does that, once for every bucket of rows.
+graph, in which groups pass their editors side by side; ``EditGraph`` does that, once for every
+bucket of rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from functools import cache, partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from pymend.ops import editor_mlp, editor_stream, rank_update
 from pymend.ops.editor_stream import Layer
 from pymend.ops.moments import moments
 
+T = TypeVar("T")
 ROW_BUCKETS = (8, 16, 32, 64, 128, 256, 512, 1024)  # rows of a weight, padded by dead ones
 
 
@@ -336,20 +338,46 @@ def _transform(
     groups: Sequence[Group], rows: Sequence[_Rows], weights: int
 ) -> tuple[list[Tensor], list[Tensor]]:
     """u~ [n_i, a] and d~ [n_i, b] of every weight, at least float32, zero where a row is dead."""
-    transformed = []
-    for group, r in zip(groups, rows, strict=True):
-        wide = torch.promote_types(group.dtype, torch.float32)  # narrower ones have no kernel
-        counts = [len(part) for part in r.u]  # one episode: rows weight after weight
-        state = (group.mean, group.m2, group.count)
-        z, live = moments(r.u, r.delta, counts, *state, merge=False, dtype=wide)
-        z = editor_stream.unchecked(z.to(group.dtype), group.joint, r.mode)
-        u, delta = z.split([r.u[0].shape[1], r.delta[0].shape[1]], 1)
-        u = editor_stream.unchecked(u, group.u_side, r.mode)
-        delta = editor_stream.unchecked(delta, group.delta_side, r.mode)
-        live, zero = live.unsqueeze(1), z.new_zeros(())
-        masked = [side.where(live, zero).to(wide) for side in (u, delta)]
-        transformed.append([side.split(counts) for side in masked])
-    return _by_weight(groups, transformed, weights)
+    calls = [partial(_transform_group, *pair) for pair in zip(groups, rows, strict=True)]
+    return _by_weight(groups, _side_by_side(calls), weights)
+
+
+def _transform_group(group: Group, r: _Rows) -> list[tuple[Tensor, ...]]:
+    wide = torch.promote_types(group.dtype, torch.float32)  # narrower ones have no kernel
+    counts = [len(part) for part in r.u]  # one episode: rows weight after weight
+    state = (group.mean, group.m2, group.count)
+    z, live = moments(r.u, r.delta, counts, *state, merge=False, dtype=wide)
+    z = editor_stream.unchecked(z.to(group.dtype), group.joint, r.mode)
+    u, delta = z.split([r.u[0].shape[1], r.delta[0].shape[1]], 1)
+    u = editor_stream.unchecked(u, group.u_side, r.mode)
+    delta = editor_stream.unchecked(delta, group.delta_side, r.mode)
+    live, zero = live.unsqueeze(1), z.new_zeros(())
+    return [side.where(live, zero).to(wide).split(counts) for side in (u, delta)]
+
+
+def _side_by_side(calls: Sequence[Callable[[], T]]) -> list[T]:
+    """What the calls return; while a CUDA graph is captured, each is a branch of it.
+
+    Elsewhere one runs after the other: there launches take the time, not the device.
+    """
+    if not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()):
+        return [call() for call in calls]
+    main = torch.cuda.current_stream()
+    begin, results = main.record_event(), []
+    for number, call in enumerate(calls):
+        stream = _side_stream(main.device, number) if number else main
+        stream.wait_event(begin)
+        with torch.cuda.stream(stream):
+            results.append(call())
+    for number in range(1, len(calls)):
+        main.wait_stream(_side_stream(main.device, number))
+    return results
+
+
+@cache
+def _side_stream(device: torch.device, number: int) -> torch.cuda.Stream:
+    """The same for all graphs: every stream that multiplies holds a workspace of cuBLAS."""
+    return torch.cuda.Stream(device)
 
 
 def _by_weight(
