@@ -97,6 +97,7 @@ def manifest(run: Run) -> None:
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     run.save(
         commit=os.environ.get("PYMEND_COMMIT") or commit or "unknown",
+        kernels=os.environ["PYMEND_KERNELS"],
         torch=torch.__version__,
         python=platform.python_version(),
         packages={name: _version(name) for name in ("numpy", "transformers", "triton")},

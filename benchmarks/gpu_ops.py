@@ -14,6 +14,7 @@ import csv
 import importlib
 import importlib.util
 import io
+import os
 import shutil
 import sys
 import time
@@ -172,7 +173,10 @@ def moments(sizes: Sizes) -> Iterator[Case]:
 
 @op
 def editor_mlp(sizes: Sizes) -> Iterator[Case]:
-    """One layer for the rows of three weights, forward, and with its backward pass."""
+    """One layer for the rows of three weights, forward, and with its backward pass.
+
+    Also the op's own form in torch: what would run in the kernel's place.
+    """
     module = present()["editor_mlp"]
     for model, (d, f) in SHAPES.items():
         width, rank, rows = sizes.of(d) + sizes.of(f), sizes.of(RANK), 3 * sizes.of(32)
@@ -199,8 +203,9 @@ def editor_mlp(sizes: Sizes) -> Iterator[Case]:
                         return list(torch.autograd.grad(y, leaves, grad))
 
                 eager, own = (partial(layer, g) for g in (module.eager, module.editor_mlp))
-                rivals = {"torch": eager, "torch graph": eager, "ours": own, OURS: own}
-                return Operands([], rivals)
+                rivals = {"torch": eager, "torch graph": eager}
+                rivals["own form in torch graph"] = _without_kernels(own)
+                return Operands([], {**rivals, "ours": own, OURS: own})
 
             size = 2 * width * rank * 4
             label = {"op": "editor_mlp", "model": model, "N": 32, "dtype": "float32"}
@@ -357,6 +362,18 @@ def apply_edit(sizes: Sizes) -> Iterator[Case]:
         size, moved = network["bytes"] + update["bytes"] / 2, network["bytes"] + update["bytes"]
         flops = network["flops"] + update["flops"]
         yield Case(label, make, size, moved, flops, gpu_edit.TOLERANCE[_name(dtype)])
+
+
+def _without_kernels(call: Callable[[], Any]) -> Callable[[], Any]:
+    def without() -> Any:
+        former = os.environ.get("PYMEND_KERNELS", "default")
+        os.environ["PYMEND_KERNELS"] = "off"
+        try:
+            return call()
+        finally:
+            os.environ["PYMEND_KERNELS"] = former
+
+    return without
 
 
 def _name(dtype: torch.dtype) -> str:

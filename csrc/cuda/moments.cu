@@ -38,10 +38,9 @@ MomentsResult run(const MomentsArguments& x) {
                  "] needs more blocks than a grid has");
     launch(live_rows_kernel<T, ROWS_BLOCK>, row_blocks, ROWS_BLOCK, sizeof(LiveRowsShared<ROWS_BLOCK>), stream, list,
            count_ptr, before_ptr, live_ptr);
-    launch_early(moments_kernel<T, O, COLUMNS_BLOCK>, column_blocks, COLUMNS_BLOCK, 0, stream, list, live_ptr,
-                 before_ptr, static_cast<double*>(x.mean.mutable_data_ptr()),
-                 static_cast<double*>(x.m2.mutable_data_ptr()), count_ptr, x.merge,
-                 static_cast<O*>(result.z.mutable_data_ptr()));
+    launch(moments_kernel<T, O, COLUMNS_BLOCK>, column_blocks, COLUMNS_BLOCK, 0, stream, list, live_ptr, before_ptr,
+           static_cast<double*>(x.mean.mutable_data_ptr()), static_cast<double*>(x.m2.mutable_data_ptr()), count_ptr,
+           x.merge, static_cast<O*>(result.z.mutable_data_ptr()));
   }
   const cudaError_t error = cudaGetLastError();
   PYMEND_CHECK(error == cudaSuccess, "moments could not be launched: ", cudaGetErrorString(error));

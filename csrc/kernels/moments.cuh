@@ -8,7 +8,7 @@
 //            A launch takes 120 segments; a further launch goes on with the moments that the last one wrote.
 // Bytes      R (a + b) (2 sizeof(T) + sizeof(O)) for R rows, the second reading by and large from L2; 32 (a + b).
 // Caller     Operands as in Segment<T>; blockDim = BLOCK; shared memory of LiveRowsShared for live_rows_kernel; `live`
-//            holds a byte per row of z, `before` one number; live_rows_kernel first, by launch(), both on one stream.
+//            holds a byte per row of z, `before` one number; live_rows_kernel first, both on one stream.
 #pragma once
 
 #include "device.h"
@@ -68,7 +68,6 @@ template <typename T, int BLOCK>
 __global__ void live_rows_kernel(const __grid_constant__ SegmentList<T> list, const int64_t* count, int64_t* before,
                                  uint8_t* live) {
   auto& shared = shared_memory<LiveRowsShared<BLOCK>>();
-  let_next_start();
   if (blockIdx.x == 0 && threadIdx.x == 0) *before = *count;
   const int64_t row = list.first() + blockIdx.x;
   if (row >= list.end()) return;  // the whole block
@@ -99,7 +98,6 @@ __global__ void moments_kernel(const __grid_constant__ SegmentList<T> list, cons
   const int64_t begin = merge ? list.first() : list.first() + blockIdx.x / across * ROWS_APART;
   const int64_t end = merge ? list.end() : begin + ROWS_APART;
   ColumnMoments moments{mean[column], m2[column]};
-  await_former();
   int64_t seen = *before;
   double inverse = moments.inverse(static_cast<double>(seen));
   for (int s = merge ? 0 : list.segment_of(begin); s < list.count && list.item[s].first < end; ++s) {
