@@ -49,9 +49,8 @@ def test_every_stage_passes(rehearsed):
 
 def test_every_rival_was_checked_and_timed(rehearsed):
     stages = json.loads((rehearsed / "gpu.json").read_text())["stages"]
-    assert (
-        len(stages["edit"]["rows"]) == (5 * 2 + 2) * (6 + 4) + 2 * 6
-    )  # float32 and bfloat16, TF32
+    sizes, models = 5 * 2 + 2, 2  # in float32 and bfloat16; in TF32
+    assert len(stages["edit"]["rows"]) == sizes * (6 + 4) + models * 6
     assert len(stages["compiled"]["rows"]) == 2 * 2 * 3
     assert {row["op"] for row in stages["ops"]["rows"]} == set(gpu_ops.present())
     for stage in ("edit", "compiled", "ops"):

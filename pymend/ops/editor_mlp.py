@@ -21,6 +21,7 @@ from pymend import _lib
 from pymend.ops.products import product
 
 DTYPES = (torch.float64, torch.float32)  # of the kernels; other floating dtypes run in torch ops
+CUDA_COLUMNS = 4096  # most on a GPU: the kernel wins a third at 3840, too little at 20480
 NARROW = (torch.bfloat16, torch.float16)  # but on a GPU, where no backward pass follows
 
 
@@ -184,7 +185,8 @@ def _columns_by_columns(left: Tensor, right: Tensor) -> Tensor:
 
 def _use_kernel(p: Tensor, alone: bool = False) -> bool:
     dtypes = (*DTYPES, *NARROW) if alone and p.device.type == "cuda" else DTYPES
-    return p.dtype in dtypes and _lib.use_kernel("editor_mlp", p.device)
+    wide = p.device.type == "cuda" and p.shape[1] > CUDA_COLUMNS and _lib.gate() != "all"
+    return p.dtype in dtypes and not wide and _lib.use_kernel("editor_mlp", p.device)
 
 
 def _epilogue(

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from strategies import seeds, sizes, with_strides
 from tolerances import assert_no_worse_than_eager
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pymend import _lib, reference
 from pymend.ops import editor_mlp as op
@@ -600,3 +601,14 @@ def test_native_checks_stand_alone(name, native):
     of[index] = value
     with pytest.raises(RuntimeError, match=message):
         getattr(torch.ops.pymend, native).default(*of)
+
+
+@pytest.mark.skipif(not _lib.has_cuda_kernels(), reason="the native module has no CUDA code")
+def test_on_a_gpu_the_kernel_is_for_narrow_rows(monkeypatch):
+    """Where it was measured to win; "all" takes it everywhere."""
+    with FakeTensorMode():
+        narrow, wide = (torch.empty(2, n, device="cuda") for n in (3840, 20480))
+        monkeypatch.setenv("PYMEND_KERNELS", "default")
+        assert op._use_kernel(narrow) and not op._use_kernel(wide)
+        monkeypatch.setenv("PYMEND_KERNELS", "all")
+        assert op._use_kernel(narrow) and op._use_kernel(wide)
