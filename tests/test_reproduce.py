@@ -662,7 +662,7 @@ def test_quick_draws_less(scale_file: Path) -> None:
         scale.note: [scale.settings(Run(x, "mend")).train.steps for x in ("fever", "wikitext")]
         for scale in (full, quick)
     }
-    assert steps == {full.note: [6000, 1600], quick.note: [600, 120]}
+    assert steps == {full.note: [24000, 1600], quick.note: [600, 120]}
     raw = yaml.safe_load(scale_file.read_text())  # its quick part says nothing of drawings
     raw["setups"]["zsre"]["invented"] = 5
     scale_file.write_text(yaml.safe_dump(raw, sort_keys=False))
