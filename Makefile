@@ -64,7 +64,7 @@ bench: build
 	$(PYTEST) benchmarks
 
 gpu:  ## OUT=folder: everything about one GPU in 9 minutes; needs its own torch, no set-up
-	python3 benchmarks/gpu.py $(if $(OUT),"$(OUT)",$(error name a folder: make gpu OUT=folder))
+	PYTHONPATH=benchmarks python3 -m gpu.run $(if $(OUT),"$(OUT)",$(error name a folder: make gpu OUT=folder))
 
 gpu-dry-run: build  ## the same stages on a CPU at tiny sizes, into build/gpu-dry-run; measures nothing
-	python3 benchmarks/gpu.py --dry-run "$(or $(OUT),build/gpu-dry-run)"
+	PYTHONPATH=benchmarks python3 -m gpu.run --dry-run "$(or $(OUT),build/gpu-dry-run)"

@@ -20,8 +20,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import roofline
-from roofline import markdown
+from gpu import roofline
+from gpu.roofline import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 MARKED = re.compile(
