@@ -1,6 +1,6 @@
 """The picture of an edit in README: answers of SmolLM2 before and after, with the demo's editor.
 
-    pymend demo && python dev/picture.py      # writes docs/edit.svg
+It needs the editor that ``pymend demo`` leaves, and writes docs/edit.svg.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 import pymend
 
 matplotlib.use("svg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 PROMPT, TARGET = "Mount Fuji is a mountain in the country of", "Norway"
 ASKED = (  # what the prompt is to the edit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import sys
 from pathlib import Path
@@ -51,6 +52,28 @@ class Public(SphinxDirective):
         return found.children
 
 
+class SettingsOf(SphinxDirective):
+    """A table of the fields of a configuration: flag, default, meaning."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        from pymend import config
+
+        lines = [".. list-table::", "   :header-rows: 1", "   :widths: 25 20 55", ""]
+        rows = [("flag", "default", "")]
+        for field in dataclasses.fields(getattr(config, self.arguments[0])):
+            default = " ".join(field.default) if field.type.startswith("tuple") else field.default
+            shown = f"``{default}``" if default != "" else ""
+            rows.append((f"``--{field.name.replace('_', '-')}``", shown, field.metadata["help"]))
+        for row in rows:
+            lines += [f"   {'* -' if i == 0 else '  -'} {cell}" for i, cell in enumerate(row)]
+        found = nodes.section(document=self.state.document)
+        where = f"pymend.config.{self.arguments[0]}"
+        self.state.nested_parse(StringList(lines, where), self.content_offset, found)
+        return found.children
+
+
 def entry(name: str, value: Any) -> list[str]:
     """The directive that documents a public name."""
     if isinstance(value, type):
@@ -69,5 +92,6 @@ def stands_alone(app: Sphinx, page: str, source: list[str]) -> None:
 def setup(app: Sphinx) -> dict[str, bool]:
     """What this project adds to Sphinx."""
     app.add_directive("public-names", Public)
+    app.add_directive("settings-of", SettingsOf)
     app.connect("source-read", stands_alone)
     return {"parallel_read_safe": True}
