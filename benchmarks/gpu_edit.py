@@ -26,9 +26,9 @@ from official_order import OfficialOrder
 from torch import Tensor
 
 from pymend import reference as ref
+from pymend.algorithms.mend.editor import Editor
 from pymend.config import MendConfig
-from pymend.editor import Editor
-from pymend.models import EditedWeight
+from pymend.models.structure import EditedWeight
 from pymend.ops import apply_edit
 from pymend.ops import rank_update as rank_update_op
 
