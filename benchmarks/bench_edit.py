@@ -23,11 +23,12 @@ import torch
 from harness import Ceiling, Rival, Settings
 from official_order import OfficialOrder
 
+from pymend.algorithms.mend.mend import Mend
 from pymend.config import EditRequest, MendConfig
 from pymend.edit import Edit
-from pymend.mend import Mend
-from pymend.models import find_weights, frozen
-from pymend.replay import Replay
+from pymend.engine.hooks import frozen
+from pymend.engine.replay import Replay
+from pymend.models.structure import find_weights
 
 RIVAL = "official order"
 OURS = ("ours, side path", "ours, merged", "ours, Mend.edit")
@@ -52,7 +53,7 @@ class Bench:
 
     def __init__(self, settings: Settings, *names: str, random_weights: bool = False) -> None:
         settings.apply()
-        self.model, self.model_name = harness.load_model(settings.quick, random_weights)
+        self.model, self.model_name = harness.load(settings.quick, random_weights)
         self.row = harness.random_records(self.model, 1, settings.tokens)[0].edit
         self.rank = settings.rank
         self.applied = ExitStack()
@@ -91,7 +92,7 @@ class Bench:
             with frozen(self.model):
                 replay = Replay(self.model, mend.weights)
                 replay.load([self.row])
-                return mend.independent(replay, [self.row], joint=True)
+                return mend.compute(replay, [self.row], joint=True)
 
         def merge() -> None:
             self.merged.append(edit())

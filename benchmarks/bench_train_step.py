@@ -20,10 +20,10 @@ import pytest
 from harness import Ceiling, Rival, Settings
 from official_order import OfficialOrder
 
+from pymend.algorithms.mend.mend import Mend
 from pymend.config import MendConfig, TrainConfig
-from pymend.mend import Mend
-from pymend.models import frozen
-from pymend.replay import Replay
+from pymend.engine.hooks import frozen
+from pymend.engine.replay import Replay
 from pymend.training.episodes import Sampler, run_episodes
 from pymend.training.optim import EditorOptimizer
 
@@ -46,7 +46,7 @@ class Bench:
 
     def __init__(self, settings: Settings) -> None:
         settings.apply()
-        self.model, self.model_name = harness.load_model(settings.quick)
+        self.model, self.model_name = harness.load(settings.quick)
         self.records = harness.random_records(self.model, RECORDS, settings.tokens)
         self.mend = Mend.from_config(self.model, MendConfig(rank=settings.rank))
         self.optimizer = EditorOptimizer(self.mend, TrainConfig(batch_size=EPISODES))

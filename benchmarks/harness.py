@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from pymend.models import smollm2
-from pymend.tokens import IGNORE, EncodedRequest, Row
+from pymend.engine.tokens import IGNORE, EncodedRequest, Row
+from pymend.zoo import smollm2
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SHAPE = {  # of SmolLM2-135M
@@ -104,7 +104,7 @@ def settings(description: str) -> Settings:
 # -- subjects ------------------------------------------------------------------------------------
 
 
-def load_model(quick: bool, random_weights: bool = False) -> tuple[nn.Module, str]:
+def load(quick: bool, random_weights: bool = False) -> tuple[nn.Module, str]:
     """SmolLM2-135M (with its real weights if they are cached), or a tiny model, and its name."""
     if smollm2.is_cached() and not quick and not random_weights:
         model = AutoModelForCausalLM.from_pretrained(smollm2.prepare(), dtype=torch.float32)

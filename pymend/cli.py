@@ -32,8 +32,8 @@ from typing import (
 import yaml
 
 from pymend import cli_data, cli_reproduce
+from pymend.algorithms.registry import METHODS, TRAINED
 from pymend.config import (
-    EDITORS,
     CacheConfig,
     EditorConfig,
     EditRequest,
@@ -48,6 +48,7 @@ logger = logging.getLogger("pymend")
 
 T = TypeVar("T", bound=EditorConfig | TrainConfig)
 
+EDITORS: dict[str, Any] = {name: METHODS[name].config for name in TRAINED}
 HELD_OUT = 1000  # records of a training file kept for validation, at most: its last tenth
 STRENGTH = "factor of the learned step sizes; below 1: fewer edits take, less else changes"
 # Configuration, and what the name says about it.
@@ -420,9 +421,9 @@ def _version() -> str:
 def _train(args: argparse.Namespace) -> None:
     import torch
 
-    from pymend.algorithms.registry import TRAINABLE
+    from pymend.algorithms.registry import trainable
     from pymend.files import replacing, writable_dir
-    from pymend.plots import learning_curves
+    from pymend.report.plots import learning_curves
     from pymend.training.trainer import Trainer
 
     train_config = settings_of(args, TrainConfig())
@@ -431,10 +432,18 @@ def _train(args: argparse.Namespace) -> None:
     output = writable_dir(args.output)
     model, tokenizer = _model(args)
     torch.manual_seed(train_config.seed)
-    editor = TRAINABLE[args.algorithm].from_config(model, config)
+    editor = trainable(args.algorithm).from_config(model, config)
     logger.info("editing %s", ", ".join(w.name for w in editor.weights))
     trainer = Trainer(
-        editor, model, tokenizer, train, held_out, train_config, output, args.resume, chat=args.chat
+        editor,
+        model,
+        tokenizer,
+        train,
+        held_out,
+        config=train_config,
+        output=output,
+        resume=args.resume,
+        chat=args.chat,
     )
     file = output / "config.yaml"
     chosen = {k: v for k, v in vars(args).items() if k not in NOT_SETTINGS}
@@ -492,9 +501,10 @@ def _training_data(args: argparse.Namespace) -> tuple[list[EditRequest], list[Ed
 
 def _edit(args: argparse.Namespace) -> None:
     from pymend.algorithms.registry import load_editor
-    from pymend.files import empty_dir, filled, writable_dir
-    from pymend.report import greedy, number, table
-    from pymend.tokens import Encoder
+    from pymend.engine.generate import greedy
+    from pymend.engine.tokens import Encoder
+    from pymend.files import atomic_dir, empty_dir, writable_dir
+    from pymend.report.tables import number, table
 
     _at_least_one(args, "tokens")
     requests = _requests(args)
@@ -513,7 +523,7 @@ def _edit(args: argparse.Namespace) -> None:
             "leave out --output, --merge and --peft"
         )
     model, tokenizer = _model(args)
-    edit = editor.edit(model, tokenizer, requests, args.chat)
+    edit = editor.edit(model, tokenizer, requests, chat=args.chat)
     encoder = Encoder.for_model(model, tokenizer, args.chat)
     prompts = [r.prompt for r in requests]
     before = greedy(model, encoder, prompts, args.tokens)
@@ -543,7 +553,7 @@ def _edit(args: argparse.Namespace) -> None:
         print(f"the adapter is in {args.peft}")
     if merged:
         edit.merge_(model)
-        with filled(merged) as scratch:
+        with atomic_dir(merged) as scratch:
             model.save_pretrained(scratch)
             tokenizer.save_pretrained(scratch)
         edit.unmerge_(model)
@@ -569,7 +579,7 @@ def _eval(args: argparse.Namespace) -> None:
     from pymend.data.readers import read_text
     from pymend.evaluation import evaluate
     from pymend.files import write_json
-    from pymend.report import metrics_table
+    from pymend.report.tables import metrics_table
 
     _at_least_one(args, "limit", "batch_size")
     data = load_records(args.data, split="test")[: args.limit]
@@ -585,9 +595,9 @@ def _eval(args: argparse.Namespace) -> None:
             model,
             tokenizer,
             data,
-            args.batch_size,
-            text,
-            args.chat,
+            batch_size=args.batch_size,
+            ppl_text=text,
+            chat=args.chat,
             n_edits=args.n_edits,
             kept=kept,
         )
@@ -640,7 +650,7 @@ def _algorithm(args: argparse.Namespace) -> Callable[[Any, Any], Any]:
     # Built-in facts: those of training, never those that are scored.
     records = load_records(args.locality_data, split="train") if args.locality_data else []
     return lambda model, tokenizer: FineTune.from_config(
-        model, config, tokenizer, records, args.chat
+        model, config, tokenizer=tokenizer, train_data=records, chat=args.chat
     )
 
 
@@ -683,7 +693,9 @@ def _import(args: argparse.Namespace) -> None:
         raise FileNotFoundError(f"archive {args.archive} does not exist")
     output = writable_dir(args.output)
     model, _ = _model(args)
-    mend = load_official(args.archive, model, args.edit, args.norm, args.init, args.n_edits)
+    mend = load_official(
+        args.archive, model, args.edit, norm=args.norm, init=args.init, n_edits=args.n_edits
+    )
     mend.save_pretrained(output)
     _say_how_to_use(args.model, output)
 
@@ -710,10 +722,11 @@ def _demo(args: argparse.Namespace) -> None:
 def _list_models(args: argparse.Namespace) -> None:
     import torch
 
-    from pymend.editor import Editor
-    from pymend.models import PAPER, find_weights, mini
+    from pymend.algorithms.mend.editor import Editor
     from pymend.models.presets import preset, presets
-    from pymend.report import blockwise, table
+    from pymend.models.structure import PAPER, find_weights
+    from pymend.report.tables import blockwise, table
+    from pymend.zoo import mini
 
     rows = []
     for name in args.names or [*presets(), *mini.RECIPES]:
@@ -731,8 +744,8 @@ def _list_models(args: argparse.Namespace) -> None:
 def _make_model(args: argparse.Namespace) -> None:
     import torch
 
-    from pymend.models import mini
-    from pymend.report import table
+    from pymend.report.tables import table
+    from pymend.zoo import mini
 
     _at_least_one(args, "threads")
     if args.threads is not None:
@@ -757,7 +770,7 @@ def _model(args: argparse.Namespace) -> tuple[Any, Any]:
     import torch
     from transformers.utils import logging as quiet
 
-    from pymend.models.load import load_model
+    from pymend.zoo.load import load
 
     quiet.set_verbosity_error()
     quiet.disable_progress_bar()
@@ -767,4 +780,4 @@ def _model(args: argparse.Namespace) -> tuple[Any, Any]:
         torch.set_num_threads(args.threads)
     torch.backends.mkldnn.matmul.fp32_precision = args.matmul  # type: ignore[attr-defined]
     logger.info("loading %s", args.model)
-    return load_model(args.model, args.dtype, args.device)
+    return load(args.model, dtype=args.dtype, device=args.device)

@@ -130,9 +130,9 @@ def _qa(args: argparse.Namespace) -> None:
 
 
 def _wikitext(args: argparse.Namespace) -> None:
+    from pymend.engine.generate import continuations
+    from pymend.engine.tokens import Encoder
     from pymend.files import writable_dir
-    from pymend.sampling import continuations
-    from pymend.tokens import Encoder
 
     cuts = Cuts(**{field.name: getattr(args, field.name) for field in fields(Cuts)})
     if args.raw == "facts":

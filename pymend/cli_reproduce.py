@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pymend.reproduce.plan import Scale
-    from pymend.reproduce.runs import Place
+    from pymend.reproduce.runs import RunContext
 
 TABLES = ("table3", "table4", "table5", "table6", "table8", "table9", "table10", "table11")
 COSTS = ("memory", "time")
@@ -42,9 +42,9 @@ def _reproduce(args: argparse.Namespace) -> None:
     import torch
 
     from pymend.files import exclusive, writable_dir
-    from pymend.models.load import find_device
     from pymend.reproduce.plan import load_scale
-    from pymend.reproduce.runs import Place, start
+    from pymend.reproduce.runs import RunContext, start
+    from pymend.zoo.load import find_device
 
     scale = load_scale(args.scale, args.quick)
     asked = [name for n in args.names for name in (scale.tables if n == "all" else [n])]
@@ -62,14 +62,14 @@ def _reproduce(args: argparse.Namespace) -> None:
     usual = f"runs/reproduce/{scale.name}{'-quick' if args.quick else ''}"
     output = writable_dir(args.output or usual)
     files = Path(args.data) if args.data else None
-    place = Place(output, files, args.dtype, args.device, args.matmul, args.seed)
+    place = RunContext(output, files, args.dtype, args.device, args.matmul, args.seed)
     with exclusive(output):
         for page in _pages(args, scale, names, place):
             print(page)
 
 
 def _pages(
-    args: argparse.Namespace, scale: Scale, names: list[str], place: Place
+    args: argparse.Namespace, scale: Scale, names: list[str], place: RunContext
 ) -> Iterator[Path]:
     """Carry out what the tables ``names`` need, and write them."""
     from pymend.reproduce import costs, data, examples, figures, tables

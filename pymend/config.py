@@ -29,7 +29,7 @@ class EditRequest:
     """One fact to change, with what is needed to train on it and to judge it.
 
     Only ``prompt`` and ``target`` are needed to edit. ``target`` carries no leading space; it is
-    joined to the prompt by one (see ``pymend.tokens``).
+    joined to the prompt by one (see ``pymend.engine.tokens``).
     """
 
     prompt: str
@@ -120,10 +120,6 @@ class EnnConfig(EditorConfig):
         _check_at_least(self, 1, "n_edits")
         _check_at_least(self, 0, "c_base")
         _check_finite(self, "alpha")
-
-
-# Of every kind of editor that can be trained.
-EDITORS: dict[str, type[EditorConfig]] = {"mend": MendConfig, "ke": KeConfig, "enn": EnnConfig}
 
 
 @dataclass(frozen=True)

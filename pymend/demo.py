@@ -20,17 +20,18 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from pymend.algorithms.mend.mend import Mend
 from pymend.config import EditRequest, MendConfig, TrainConfig, to_json
+from pymend.engine.generate import greedy
+from pymend.engine.tokens import Encoder
 from pymend.evaluation import evaluate
 from pymend.evaluation.metrics import RecordScores
 from pymend.files import read_json, writable_dir, write_json
-from pymend.mend import Mend
-from pymend.models import weight_of
-from pymend.models.smollm2 import NOTE
-from pymend.plots import learning_curves
-from pymend.report import greedy, metrics_table, table
-from pymend.tokens import Encoder
+from pymend.models.structure import weight_of
+from pymend.report.plots import learning_curves
+from pymend.report.tables import metrics_table, table
 from pymend.training.trainer import Trainer
+from pymend.zoo.smollm2 import NOTE
 
 
 @dataclass(frozen=True)
@@ -211,7 +212,15 @@ def _train(
     }
     _claim(folder, identity)
     trainer = Trainer(
-        mend, model, tokenizer, train, validation, settings.train, folder, resume=True, chat=chat
+        mend,
+        model,
+        tokenizer,
+        train,
+        validation,
+        config=settings.train,
+        output=folder,
+        resume=True,
+        chat=chat,
     )
     steps = settings.train.steps
     if trainer.step == steps:
@@ -267,7 +276,7 @@ class _Interview:
         texts = [text for _, text in prompts]
         weights = [weight_of(self.model, w) for w in self.mend.weights]
         kept = [w.detach().clone() for w in weights]
-        edit = self.mend.edit(self.model, self.tokenizer, request, self.chat)
+        edit = self.mend.edit(self.model, self.tokenizer, request, chat=self.chat)
         before = self._answers(texts)
         edit.merge_(self.model)
         try:

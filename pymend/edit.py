@@ -1,24 +1,30 @@
-"""An edit: low-rank factors per weight, applied beside a model or merged into it, and undone."""
+"""An edit: applied beside a model or, of low rank, merged into it, and undone."""
 
 from __future__ import annotations
 
 import hashlib
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from pymend.capture import NonFiniteError, first_input
+from pymend.engine.hooks import first_input, forward_hooks
+from pymend.errors import NonFiniteError
 from pymend.files import digest, read_json, read_tensors, writable_dir, write_json, write_tensors
-from pymend.models import EditedWeight, weight_of
+from pymend.interop.peft import write_adapter
+from pymend.models.structure import EditedWeight, weight_of
 from pymend.ops.rank_update import rank_update
 from pymend.ops.side_path import side_path
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 SAMPLES = 1024  # elements of each weight in a fingerprint
 LOSSY = 0.98  # a merge that keeps less of the wanted change than this warns
@@ -53,12 +59,58 @@ class Outcome:
     success: bool
 
 
-class Edit:
+class BaseEdit(ABC):
+    """One edit of a model, or several independent ones side by side; none has changed the model.
+
+    ``episodes`` is None for one joint edit, else the number of independent edits; ``edit[i]`` is
+    one of them. ``fingerprint`` names the model it was made for ("" fits any), ``outcomes`` says of
+    every request whether it took.
+    """
+
+    def __init__(
+        self, episodes: int | None, fingerprint: str = "", outcomes: Sequence[Outcome] = ()
+    ) -> None:
+        self.episodes = episodes
+        self.fingerprint = fingerprint
+        self.outcomes = tuple(outcomes)
+
+    def __len__(self) -> int:
+        return 1 if self.episodes is None else self.episodes
+
+    def __getitem__(self, index: int) -> Self:
+        """One of several independent edits, without its padding.
+
+        Raises:
+            IndexError: there are not so many.
+        """
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index {index} in an edit that holds {len(self)}")
+        if self.episodes is None:
+            return self
+        one = self._pick(index)
+        one.fingerprint, one.outcomes = self.fingerprint, self.outcomes[index:][:1]
+        return one
+
+    @abstractmethod
+    def _pick(self, index: int) -> Self:
+        """One of the independent edits, alone."""
+
+    @abstractmethod
+    def applied(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
+        """``model`` acts edited inside the block; its weights are never written.
+
+        With independent edits the batch is as many equal groups of rows, one after the other, and
+        each group sees its own edit.
+
+        Raises:
+            ValueError: another model, values that are not finite, or a batch that does not split.
+        """
+
+
+class Edit(BaseEdit):
     """Low-rank factors for the weights of one model.
 
-    Computing an edit changes no model. ``applied`` acts beside the weights; ``merge_`` writes them
-    and keeps what it overwrote. ``episodes`` is None for one joint edit, else the number of
-    independent edits held side by side; ``edit[i]`` is one of them.
+    ``applied`` acts beside the weights; ``merge_`` writes them and keeps what it overwrote.
     """
 
     def __init__(
@@ -70,10 +122,8 @@ class Edit:
     ) -> None:
         self.weights = tuple(weights)
         self.factors = dict(factors)
-        self.fingerprint = fingerprint
-        self.outcomes = tuple(outcomes)
         u = next(iter(self.factors.values())).u
-        self.episodes: int | None = len(u) if u.dim() == 3 else None
+        super().__init__(len(u) if u.dim() == 3 else None, fingerprint, outcomes)
         self._backup: dict[str, Tensor] = {}
         self._model: weakref.ref[nn.Module] | None = None
 
@@ -82,21 +132,13 @@ class Edit:
         """The largest number of rows of any weight."""
         return max(f.u.shape[-2] for f in self.factors.values())
 
-    def __len__(self) -> int:
-        return 1 if self.episodes is None else self.episodes
-
-    def __getitem__(self, index: int) -> Edit:
-        """One of several independent edits, without its padded rows."""
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"index {index} in an edit that holds {len(self)}")
-        if self.episodes is None:
-            return self
+    def _pick(self, index: int) -> Edit:
         factors = {}
         for name, f in self.factors.items():
             u, delta = f.u[index], f.delta[index]
             kept = (u != 0).any(-1) | (delta != 0).any(-1)
             factors[name] = LowRank(u[kept], delta[kept], f.alpha)
-        return Edit(self.weights, factors, self.fingerprint, self.outcomes[index:][:1])
+        return Edit(self.weights, factors)
 
     def __add__(self, other: Edit) -> Edit:
         """Both edits at once: their rows one after the other.
@@ -134,7 +176,7 @@ class Edit:
         if self in _merged.get(model, []):
             raise RuntimeError("this edit is merged into this model and acts already")
         self.check(model)
-        with beside(model, {w.module: self._hook(w.name) for w in self.weights}):
+        with forward_hooks(model, {w.module: self._hook(w.name) for w in self.weights}):
             yield model
 
     def _hook(self, name: str) -> Any:
@@ -145,7 +187,7 @@ class Edit:
             u, delta = factors.u, factors.delta
             if x.device != u.device:
                 u, delta = u.to(x.device), delta.to(x.device)
-            rows = by_episode(x, self.episodes).to(u.dtype)
+            rows = split_episodes(x, self.episodes).to(u.dtype)
             change = side_path(rows, u, delta, factors.alpha.to(u.device))
             return y - change.view(y.shape).to(y.dtype)
 
@@ -299,9 +341,14 @@ class Edit:
             RuntimeError: the edit holds independent edits.
             ValueError: the factors are not finite.
         """
-        from pymend.interop.peft import write_adapter  # it knows what an Edit is
-
-        write_adapter(self, folder)
+        if self.episodes is not None:
+            raise RuntimeError("pick a single edit out of edit_many with [i] before exporting it")
+        self.check_finite()
+        layers = {}
+        for w in self.weights:
+            f = self.factors[w.name]
+            layers[w.module] = f.u, -f.alpha * f.delta
+        write_adapter(folder, layers, any(w.transposed for w in self.weights))
 
     # -- checks ------------------------------------------------------------------------------
 
@@ -336,17 +383,7 @@ class Edit:
                 )
 
 
-@contextmanager
-def beside(model: nn.Module, hooks: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
-    """Let the module of each name run its hook on (module, args, kwargs, output) inside."""
-    with ExitStack() as stack:
-        for name, hook in hooks.items():
-            module = model.get_submodule(name)
-            stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
-        yield
-
-
-def by_episode(x: Tensor, episodes: int | None) -> Tensor:
+def split_episodes(x: Tensor, episodes: int | None) -> Tensor:
     """A batch [rows, ., a] as [rows * ., a], or [episodes, ., a] for independent edits.
 
     Raises:

@@ -10,13 +10,12 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from typing import TYPE_CHECKING, Any
 
 from pymend.config import FORMAT_VERSION
+
+if TYPE_CHECKING:
+    import torch
 
 
 def cache_dir() -> Path:
@@ -56,7 +55,7 @@ def empty_dir(path: str | Path) -> Path:
 
 
 @contextmanager
-def filled(folder: Path) -> Iterator[Path]:
+def atomic_dir(folder: Path) -> Iterator[Path]:
     """Give an empty folder that takes the place of the empty ``folder`` if the block succeeds."""
     scratch = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
@@ -149,6 +148,8 @@ def digest(values: Mapping[str, Any]) -> str:
 
 def digest_of_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
     """A short name of their names, shapes and values."""
+    import torch  # so does all that touches tensors here: a command line starts without it
+
     state = hashlib.sha256()
     for name, value in tensors.items():
         state.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
@@ -158,6 +159,8 @@ def digest_of_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], tie: str = "") -> None:
     """Write ``tensors`` atomically as safetensors; ``tie`` is checked on reading."""
+    from safetensors.torch import save_file
+
     plain = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     with replacing(path) as temporary:
         save_file(plain, temporary, metadata={"tie": tie})
@@ -170,6 +173,8 @@ def read_tensors(path: Path, tie: str | None = None) -> dict[str, torch.Tensor]:
         FileNotFoundError: no such file.
         ValueError: truncated, not safetensors, or not the file that belongs to the JSON beside it.
     """
+    from safetensors import SafetensorError, safe_open
+
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
     try:

@@ -25,14 +25,15 @@ from tiny import (
 from torch import Tensor, nn
 
 from pymend import EditRequest, Probe, evaluate
-from pymend.algorithm import Algorithm
-from pymend.algorithms.cache import Cache, find_eps, thresholds
+from pymend.algorithms.base import Algorithm
+from pymend.algorithms.cache import Cache, find_eps
 from pymend.algorithms.dense import DenseEdit
 from pymend.algorithms.finetune import FineTune
-from pymend.capture import NonFiniteError
 from pymend.config import CacheConfig, FineTuneConfig
-from pymend.models import find_weights, frozen, weight_of
-from pymend.tokens import Batch, Encoder, Row
+from pymend.engine.hooks import frozen
+from pymend.engine.tokens import Batch, Encoder, Row
+from pymend.errors import NonFiniteError
+from pymend.models.structure import find_weights, weight_of
 
 KINDS = (*FAMILY, *SEQUENCES, *CLASSIFIERS)
 kinds = pytest.mark.parametrize("kind", KINDS)
@@ -53,7 +54,8 @@ def rows_of(model: Any, text: Any, data: list[EditRequest]) -> list[Row]:
 
 
 def fine_tune(model: Any, text: Any = None, data: Any = (), **config: Any) -> FineTune:
-    return FineTune.from_config(model, FineTuneConfig(**{"lr": 1e-3, **config}), text, data)
+    settings = FineTuneConfig(**{"lr": 1e-3, **config})
+    return FineTune.from_config(model, settings, tokenizer=text, train_data=data)
 
 
 def nll(logits: Tensor, targets: list[int]) -> Tensor:
@@ -322,7 +324,6 @@ def test_eps_is_found_by_bisection() -> None:
         find_eps(lambda eps: 0.0, 0.0)
     with pytest.raises(ValueError, match="start is 0"):
         find_eps(drawdown, 0.5, start=0)
-    assert thresholds(3.0) == (1.5, 3.0, 6.0)
 
 
 def test_eps_matches_a_drawdown() -> None:
@@ -378,7 +379,7 @@ def test_independent_edits_equal_single_ones(kind: str, name: str) -> None:
     model, text, data = case(kind, torch.float64)
     algorithm = algorithms(model, text, data)[name]
     many = algorithm.edit_many(model, text, data)
-    assert len(many) == 4 and many.fingerprint == algorithm.fit(model)
+    assert len(many) == 4 and many.fingerprint == algorithm.prepare(model)
     rows = rows_of(model, text, data)
     apart = []
     for i, request in enumerate(data):

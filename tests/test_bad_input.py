@@ -25,11 +25,11 @@ from tiny import (
 )
 
 from pymend import Edit, EditRequest, MendConfig, Probe, TrainConfig, Trainer, evaluate
+from pymend.algorithms.mend.mend import Mend
 from pymend.config import from_json
-from pymend.mend import Mend
-from pymend.models import find_weights
-from pymend.report import greedy
-from pymend.tokens import Encoder
+from pymend.engine.generate import greedy
+from pymend.engine.tokens import Encoder
+from pymend.models.structure import find_weights
 
 FC = "transformer.h.3.mlp.c_fc.weight"
 
@@ -98,7 +98,9 @@ def test_a_request_that_cannot_be_used(
         "edit": lambda: mend.edit(model, text, request_),
         "edit_many": lambda: mend.edit_many(model, text, data),
         "evaluate": lambda: evaluate(mend, model, text, data, progress=False),
-        "train": lambda: Trainer(mend, model, text, data, [], TrainConfig(batch_size=1), folder),
+        "train": lambda: Trainer(
+            mend, model, text, data, [], config=TrainConfig(batch_size=1), output=folder
+        ),
     }
     with traceless(model), pytest.raises(ValueError) as error:
         calls[where]()
@@ -133,7 +135,7 @@ def test_no_data(model: Any, mend: Mend, tmp_path: Path) -> None:
         with pytest.raises(
             ValueError, match=rf"one step needs 4 records, the data set has {len(data)}; give more"
         ):
-            Trainer(mend, model, text, data, [], TrainConfig(batch_size=4), folder)
+            Trainer(mend, model, text, data, [], config=TrainConfig(batch_size=4), output=folder)
     assert not folder.exists()
 
 
@@ -152,7 +154,7 @@ def test_an_editor_for_another_architecture(use: str, mend: Mend, tmp_path: Path
         "edit": lambda: mend.edit(other, text, data[0]),
         "evaluate": lambda: evaluate(mend, other, text, data, progress=False),
         "train": lambda: Trainer(
-            mend, other, text, data, [], TrainConfig(batch_size=2), tmp_path / "out"
+            mend, other, text, data, [], config=TrainConfig(batch_size=2), output=tmp_path / "out"
         ),
     }
     with traceless(other), pytest.raises(ValueError) as error:
@@ -250,10 +252,11 @@ def test_a_damaged_tensor_file(
     kind: str, damage: Any, message: str, model: Any, mend: Mend, tmp_path: Path
 ) -> None:
     data, config = facts(4), TrainConfig(steps=1, batch_size=2)
-    args = (model, tokenizer(), data, [], config, tmp_path)
+    args = (model, tokenizer(), data, [])
+    how: dict[str, Any] = {"config": config, "output": tmp_path, "progress": False}
 
     def train(resume: bool) -> None:
-        Trainer(tiny_mend(model), *args, resume=resume, progress=False).train()
+        Trainer(tiny_mend(model), *args, resume=resume, **how).train()
 
     if kind == "editor":
         mend.save_pretrained(tmp_path)
@@ -321,14 +324,15 @@ def damage_run(file: Path) -> None:
 def test_a_damaged_checkpoint(
     name: str, damage: Any, message: str, model: Any, tmp_path: Path
 ) -> None:
-    args = (model, tokenizer(), facts(4), [], TrainConfig(steps=1, batch_size=2), tmp_path)
-    Trainer(tiny_mend(model), *args, progress=False).train()
+    args, config = (model, tokenizer(), facts(4), []), TrainConfig(steps=1, batch_size=2)
+    how: dict[str, Any] = {"config": config, "output": tmp_path, "progress": False}
+    Trainer(tiny_mend(model), *args, **how).train()
     file = tmp_path / "checkpoints/step-00000001" / name
     damage(file)
     fresh = tiny_mend(model)
     before = {k: v.clone() for k, v in fresh.editor.state_dict().items()}
     with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
-        Trainer(fresh, *args, resume=True, progress=False)
+        Trainer(fresh, *args, resume=True, **how)
     assert name in str(error.value)
     for key, value in fresh.editor.state_dict().items():
         assert torch.equal(value, before[key]), key
@@ -390,7 +394,9 @@ def test_an_output_folder_that_cannot_be_written(model: Any, mend: Mend, tmp_pat
     calls = [
         lambda: mend.save_pretrained(folder),
         lambda: edit.save_pretrained(folder),
-        lambda: Trainer(mend, model, tokenizer(), facts(4), [], TrainConfig(batch_size=2), folder),
+        lambda: Trainer(
+            mend, model, tokenizer(), facts(4), [], config=TrainConfig(batch_size=2), output=folder
+        ),
     ]
     for call in calls:
         with traceless(model), pytest.raises(PermissionError) as error:

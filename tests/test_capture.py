@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from pymend import reference as ref
-from pymend.capture import NonFiniteError, capture
-from pymend.models import EditedWeight, find_weights, frozen
-from pymend.replay import Replay
-from pymend.tokens import Row
+from pymend.engine.capture import capture
+from pymend.engine.hooks import frozen
+from pymend.engine.replay import Replay
+from pymend.engine.tokens import Row
+from pymend.errors import NonFiniteError
+from pymend.models.structure import EditedWeight, find_weights
 
 f64 = torch.float64
 ROWS = [Row((5, 9, 30, 7, 11), 2), Row((8, 6, 12), 1), Row((40, 41, 42, 43, 44, 45), 3)]

@@ -21,16 +21,16 @@ import yaml
 from test_encoders import data_of, model_of, plain, words
 from test_evaluation import evaluate_module
 
+from pymend.algorithms.mend.mend import Mend
 from pymend.algorithms.registry import load_editor
-from pymend.cli import HELP, main, parse, read_settings, settings_of
-from pymend.config import EDITORS, MendConfig, TrainConfig
+from pymend.cli import EDITORS, HELP, main, parse, read_settings, settings_of
+from pymend.config import MendConfig, TrainConfig
 from pymend.data import write_jsonl
 from pymend.edit import Edit
+from pymend.engine.tokens import Encoder
 from pymend.files import digest, install, read_json, read_tensors, write_json, write_tensors
-from pymend.mend import Mend
-from pymend.models import smollm2
-from pymend.models.load import load_model
-from pymend.tokens import Encoder
+from pymend.zoo import smollm2
+from pymend.zoo.load import load
 
 KEYS = (
     "edit_success",
@@ -579,7 +579,7 @@ def test_every_kind_of_model_is_trained_edited_and_measured(
     merged = f"--merge={tmp_path / 'merged'}"
     assert main(["edit", f"--model={model}", f"--editor={editor}", *pair, merged]) == 0
     answers = capsys.readouterr().out.split("after undo")[1].splitlines()[2]
-    loaded, tokenizer = load_model(str(tmp_path / "merged"))
+    loaded, tokenizer = load(str(tmp_path / "merged"))
     assert type(loaded) is type(model_of(kind))
     encoder = Encoder.for_model(loaded, tokenizer)
     with torch.no_grad():

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pymend import Trainer, _lib, evaluate
 from pymend.config import TrainConfig
-from pymend.models import weight_of
+from pymend.models.structure import weight_of
 
 pytestmark = pytest.mark.skipif(not _lib.has_kernels(), reason="the native module is not built")
 

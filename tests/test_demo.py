@@ -10,13 +10,13 @@ import pytest
 import tiny
 
 from pymend import demo
+from pymend.algorithms.mend.mend import Mend
 from pymend.cli import main
 from pymend.config import MendConfig, TrainConfig
 from pymend.data import load_facts
 from pymend.files import read_json
-from pymend.mend import Mend
-from pymend.models import smollm2
-from pymend.report import table
+from pymend.report.tables import table
+from pymend.zoo import smollm2
 
 TINY = demo.Settings(
     train=TrainConfig(steps=4, batch_size=2, eval_every=2, eval_records=4, save_every=2),

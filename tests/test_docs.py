@@ -18,7 +18,7 @@ import pymend
 from pymend import cli
 from pymend.data import write_jsonl
 from pymend.files import write_json
-from pymend.models import smollm2
+from pymend.zoo import smollm2
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "dev").glob("*.md")])

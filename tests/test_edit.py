@@ -27,10 +27,10 @@ from tiny import (
 from torch import Tensor
 
 from pymend import Edit, EditRequest
+from pymend.algorithms.mend.mend import Mend
 from pymend.edit import fingerprint
-from pymend.mend import Mend
-from pymend.models import find_weights
-from pymend.tokens import Encoder, Row
+from pymend.engine.tokens import Encoder, Row
+from pymend.models.structure import find_weights
 
 f64 = torch.float64
 ROWS = [Row((5, 9, 30, 7, 11), 2), Row((8, 6, 12), 1), Row(tuple(range(20, 28)), 0, False)]

@@ -14,10 +14,11 @@ from tiny import assert_close, assert_moments, official_name
 from torch import Tensor
 
 from pymend import reference as ref
+from pymend.algorithms.mend.editor import Editor
+from pymend.algorithms.mend.moments import RunningMoments
+from pymend.algorithms.mend.network import EditorNet
 from pymend.config import MendConfig
-from pymend.editor import Editor, EditorNet
-from pymend.editor.moments import RunningMoments
-from pymend.models import EditedWeight
+from pymend.models.structure import EditedWeight
 
 ROOT = Path(__file__).resolve().parents[1]
 FIXTURES = ROOT / "tests" / "fixtures"

@@ -31,9 +31,10 @@ from transformers import (
 
 from pymend import Trainer, evaluate
 from pymend.config import EditRequest, Probe, TrainConfig
-from pymend.models import find_weights, frozen, lowest_block
-from pymend.replay import Replay
-from pymend.tokens import IGNORE, Batch, Encoder, Row
+from pymend.engine.hooks import frozen
+from pymend.engine.replay import Replay
+from pymend.engine.tokens import IGNORE, Batch, Encoder, Row
+from pymend.models.structure import find_weights, lowest_block
 
 IDS = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "vocab_size": VOCAB}
 T5 = {"d_model": HIDDEN, "d_ff": INNER, "d_kv": 6, "num_heads": 2, "num_layers": 4}
@@ -255,7 +256,14 @@ def test_a_training_run_and_its_evaluation(kind: str, tmp_path: Path) -> None:
     config = TrainConfig(steps=2, batch_size=3, lr=1e-3, eval_every=1, eval_records=2)
     with traceless(model):
         run = Trainer(
-            mend, model, words(kind), data[:4], data[4:], config, tmp_path, progress=False
+            mend,
+            model,
+            words(kind),
+            data[:4],
+            data[4:],
+            config=config,
+            output=tmp_path,
+            progress=False,
         )
         trained = run.train()
         metrics = evaluate(trained, model, words(kind), data, progress=False).to_dict()

@@ -33,8 +33,8 @@ from pymend import evaluate
 from pymend.algorithms.enn import Enn, EnnEdit
 from pymend.algorithms.registry import load_editor
 from pymend.config import EnnConfig, TrainConfig
-from pymend.models import frozen
-from pymend.tokens import Batch, Encoder
+from pymend.engine.hooks import frozen
+from pymend.engine.tokens import Batch, Encoder
 from pymend.training.episodes import Episode, Sampler, run_episodes
 from pymend.training.optim import EditorOptimizer
 

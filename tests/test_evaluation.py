@@ -17,16 +17,16 @@ from pymend import EditRequest, Mend, Metrics, Probe, evaluate
 from pymend.algorithms.cache import Cache
 from pymend.algorithms.finetune import FineTune
 from pymend.config import CacheConfig, FineTuneConfig
-from pymend.evaluation.kept import Kept
+from pymend.engine.losses import LabelRows
+from pymend.engine.replay import Replay
+from pymend.engine.tokens import IGNORE, Batch, Encoder, Row
 from pymend.evaluation.metrics import interval, mean
+from pymend.evaluation.partial import PartialScores
 from pymend.files import digest_of_tensors
-from pymend.losses import LabelRows
-from pymend.models import find_weights
-from pymend.replay import Replay
-from pymend.tokens import IGNORE, Batch, Encoder, Row
+from pymend.models.structure import find_weights
 
 # The function hides its module of the same name.
-evaluate_module = sys.modules["pymend.evaluation.evaluate"]
+evaluate_module = sys.modules["pymend.evaluation.evaluator"]
 
 ALPHA = {"gpt2": 0.003, "llama": 0.02}  # some edits take and some do not
 KEYS = {
@@ -62,7 +62,7 @@ def records() -> list[EditRequest]:
 
 def run(model: Any, data: list[EditRequest], batch_size: int = 4, **kw: Any) -> Metrics:
     mend = seasoned_mend(model, alpha=kw.pop("alpha", ALPHA[model.config.model_type]))
-    return evaluate(mend, model, tokenizer(), data, batch_size, progress=False, **kw)
+    return evaluate(mend, model, tokenizer(), data, batch_size=batch_size, progress=False, **kw)
 
 
 def look(model: Any, row: Row) -> tuple[list[int], float, int]:
@@ -267,7 +267,7 @@ def test_a_record_that_is_not_finite_is_named(batch_size: int) -> None:
     with torch.no_grad():
         model.transformer.wpe.weight[20] = math.nan  # also what pads its batch mates
     with pytest.raises(ValueError, match=r"^record 5: the gradients of .* are not finite"):
-        evaluate(mend, model, tokenizer(), data, batch_size, progress=False)
+        evaluate(mend, model, tokenizer(), data, batch_size=batch_size, progress=False)
 
 
 # -- an evaluation that goes on ---------------------------------------------------------------
@@ -280,7 +280,7 @@ def of(model: Any, **config: Any) -> Mend:
 def cut_short(passes: int, algorithm: Any, model: Any, *args: Any, **kw: Any) -> None:
     """Interrupt an evaluation after so many passes, as Ctrl-C does."""
     count = 0
-    real = evaluate_module._Look
+    real = evaluate_module.ChunkScores
 
     def look(*args: Any) -> Any:
         nonlocal count
@@ -290,7 +290,7 @@ def cut_short(passes: int, algorithm: Any, model: Any, *args: Any, **kw: Any) ->
         return real(*args)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(evaluate_module, "_Look", look)
+        patch.setattr(evaluate_module, "ChunkScores", look)
         evaluate(algorithm, model, tokenizer(), *args, progress=False, **kw)
 
 
@@ -318,7 +318,7 @@ def test_an_interrupted_evaluation_goes_on(kind: str, n_edits: int, tmp_path: Pa
 
 def held(model: Any, data: list[EditRequest]) -> FineTune:
     config = FineTuneConfig(lr=1e-3, kl=True, steps=3, edit=(find_weights(model)[0].name,))
-    return FineTune.from_config(model, config, tokenizer(), data)
+    return FineTune.from_config(model, config, tokenizer=tokenizer(), train_data=data)
 
 
 def merged(model: Any) -> Any:
@@ -392,7 +392,7 @@ def test_scores_of_another_evaluation_are_refused(name: str, tmp_path: Path) -> 
 
 def test_precision_of_products_is_part_of_an_evaluation(tmp_path: Path) -> None:
     model, kept = gpt2(), tmp_path / "scores.jsonl"
-    cut_short(1, of(model), model, records(), 4, kept=kept)
+    cut_short(1, of(model), model, records(), batch_size=4, kept=kept)
     products: Any = torch.backends.mkldnn.matmul
     usual = products.fp32_precision
     products.fp32_precision = "bf16"
@@ -417,7 +417,7 @@ def test_a_file_that_holds_no_scores(text: str, tmp_path: Path) -> None:
 def test_scores_that_do_not_follow_each_other(tmp_path: Path) -> None:
     """As two evaluations that write to one file leave them."""
     model, kept = gpt2(), tmp_path / "scores.jsonl"
-    cut_short(2, of(model), model, records(), 4, kept=kept)
+    cut_short(2, of(model), model, records(), batch_size=4, kept=kept)
     lines = kept.read_text().splitlines(keepends=True)
     for wrong in ([*lines, lines[-1]], [lines[0], lines[2]]):
         kept.write_text("".join(wrong))
@@ -428,7 +428,7 @@ def test_scores_that_do_not_follow_each_other(tmp_path: Path) -> None:
 
 def test_scores_are_not_kept_in_a_file_that_was_deleted(tmp_path: Path) -> None:
     """Another process finished the same evaluation."""
-    scores = Kept(tmp_path / "scores.jsonl", {})
+    scores = PartialScores(tmp_path / "scores.jsonl", {})
     (tmp_path / "scores.jsonl").unlink()
     with pytest.raises(FileNotFoundError, match=r"scores\.jsonl"):
         scores.add([], seconds=0.0, edit_seconds=0.0, peak_memory_bytes=0)

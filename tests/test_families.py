@@ -25,9 +25,10 @@ from transformers.pytorch_utils import Conv1D
 
 from pymend import Trainer
 from pymend.config import TrainConfig
-from pymend.models import find_blocks, find_weights, frozen
-from pymend.replay import Replay
-from pymend.tokens import Batch, Row
+from pymend.engine.hooks import frozen
+from pymend.engine.replay import Replay
+from pymend.engine.tokens import Batch, Row
+from pymend.models.structure import find_blocks, find_weights
 
 LAYERS = 5
 LLAMA = {
@@ -166,7 +167,7 @@ def test_a_training_step_runs(family: str, kind: str, tmp_path: Path) -> None:
     config = TrainConfig(steps=1, batch_size=2, lr=1e-3, eval_records=2)
     data = facts(4)
     trained = Trainer(
-        mend, model, tokenizer(), data, data[:2], config, tmp_path, progress=False
+        mend, model, tokenizer(), data, data[:2], config=config, output=tmp_path, progress=False
     ).train()
     for name, value in trained.editor.state_dict().items():
         assert value.isfinite().all(), name

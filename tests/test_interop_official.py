@@ -30,11 +30,11 @@ from tiny import (
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from pymend.algorithms.mend.mend import Mend
 from pymend.cli import main
+from pymend.engine.hooks import frozen
+from pymend.engine.replay import Replay
 from pymend.interop.official import load_official
-from pymend.mend import Mend
-from pymend.models import frozen
-from pymend.replay import Replay
 
 families = pytest.mark.parametrize("family", FAMILY)
 UNTOLD = ("norm", "init", "n_edits")  # what an archive does not tell
@@ -190,7 +190,7 @@ def test_edit_parity_with_the_official_code(case: str, tmp_path: Path) -> None:
     with frozen(model):
         replay = Replay(model, mend.weights)
         replay.load(rows)
-        edit = mend.independent(replay, rows, joint=True)
+        edit = mend.compute(replay, rows, joint=True)
     edited = copy.deepcopy(model)
     edit.merge_(edited)
     last = {w.shape: w.name for w in mend.weights}.values()

@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from tiny import VOCAB, facts, gpt2, llama, rel_error, seasoned_mend, tokenizer
 from torch import Tensor
 
-from pymend.capture import NonFiniteError
 from pymend.cli import main
 from pymend.edit import Edit, LowRank
-from pymend.models import find_weights
+from pymend.errors import NonFiniteError
+from pymend.models.structure import find_weights
 
 MODELS = {
     "llama": llama,

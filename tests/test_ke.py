@@ -32,8 +32,9 @@ from pymend.algorithms.ke import Ke, KeEditor
 from pymend.algorithms.registry import load_editor
 from pymend.config import EditRequest, KeConfig, TrainConfig
 from pymend.edit import LowRank
-from pymend.models import EditedWeight, frozen, weight_of
-from pymend.tokens import Batch, Encoder, Row
+from pymend.engine.hooks import frozen
+from pymend.engine.tokens import Batch, Encoder, Row
+from pymend.models.structure import EditedWeight, weight_of
 from pymend.training.episodes import Sampler, run_episodes
 from pymend.training.optim import EditorOptimizer
 
@@ -63,8 +64,8 @@ def train(algorithm: Any, kind: str, folder: Path, config: TrainConfig, **kw: An
     """A trainer on a fresh tiny model; the same every time."""
     model, text, data = case(kind)
     held_out = data[12:]
-    args = (algorithm(model), model, text, data[:12], held_out, config, folder)
-    return Trainer(*args, progress=False, **kw)
+    args = (algorithm(model), model, text, data[:12], held_out)
+    return Trainer(*args, config=config, output=folder, progress=False, **kw)
 
 
 def logits_at(logits: Tensor, batch: Batch) -> Tensor:
@@ -128,7 +129,7 @@ def test_the_factors_are_the_dense_formula(kind: str) -> None:
     with frozen(model):
         replay = ke.replay(model)
         replay.load(rows)
-        many = ke.independent(replay, rows)
+        many = ke.compute(replay, rows)
     for i, row in enumerate(rows):
         for name, wanted in by_hand(ke, model, row).items():
             assert wanted.norm() > 0
@@ -252,7 +253,7 @@ def test_a_folder_says_its_kind(tmp_path: Path) -> None:
     file = tmp_path / "editor.json"
     values = json.loads(file.read_text())
     file.write_text(json.dumps({**values, "kind": "rome"}))
-    with pytest.raises(ValueError, match="has the kind 'rome'; known are mend, ke, enn"):
+    with pytest.raises(ValueError, match="no editor of the kind 'rome'; known are mend, enn, ke"):
         load_editor(tmp_path)
     file.write_text(json.dumps({**values, "sizes": {"width": 22}}))
     with pytest.raises(ValueError, match="does not belong to the JSON file"):

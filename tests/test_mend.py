@@ -34,14 +34,14 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pymend import reference as ref
-from pymend.capture import Factors
+from pymend.algorithms.mend.mend import Mend
 from pymend.config import MendConfig
 from pymend.edit import Edit
-from pymend.losses import mean_of_seen
-from pymend.mend import Mend
-from pymend.models import frozen
-from pymend.replay import Replay
-from pymend.tokens import Batch, Row
+from pymend.engine.capture import Factors
+from pymend.engine.hooks import frozen
+from pymend.engine.losses import mean_of_seen
+from pymend.engine.replay import Replay
+from pymend.engine.tokens import Batch, Row
 from pymend.training.episodes import Episode, run_episodes
 
 ROOT = Path(__file__).resolve().parents[1]

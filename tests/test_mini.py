@@ -16,10 +16,11 @@ from transformers import AutoTokenizer
 from pymend.cli import main
 from pymend.data.builders.claims import NAMES
 from pymend.data.facts import load_relations, wrong_objects
-from pymend.models import find_weights, mini
-from pymend.models.lessons import Course, lessons
-from pymend.models.load import load_model
-from pymend.tokens import IGNORE, Encoder
+from pymend.engine.tokens import IGNORE, Encoder
+from pymend.models.structure import find_weights
+from pymend.zoo import mini
+from pymend.zoo.lessons import Course, lessons
+from pymend.zoo.load import load
 
 KINDS = tuple(mini.RECIPES)
 # Enough to learn one fact of every relation.
@@ -54,7 +55,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def load(place: Path, name: str) -> tuple[Any, Any]:
+def saved(place: Path, name: str) -> tuple[Any, Any]:
     auto = getattr(transformers, mini.RECIPES[name].auto)
     return auto.from_pretrained(place).eval(), AutoTokenizer.from_pretrained(place)
 
@@ -71,7 +72,7 @@ def course(name: str, tokenizer: Any = None) -> Course:
 def test_what_is_saved_is_what_was_trained(name: str, cache: Path) -> None:
     place = mini.make(name, progress=False)
     assert place == cache / f"{name}-v{mini.RECIPES[name].edition}"
-    model, tokenizer = load(place, name)
+    model, tokenizer = saved(place, name)
     card = mini.card(place)
     assert card["model"] == name and card["steps"] == 12 and card["facts"] == 29
     exams, asked = course(name, tokenizer), mini.ASKED
@@ -112,7 +113,7 @@ def test_facts_are_learned(name: str) -> None:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_tokenizer_and_frame(name: str, cache: Path) -> None:
-    model, tokenizer = load(mini.make(name, progress=False), name)
+    model, tokenizer = saved(mini.make(name, progress=False), name)
     text = "Question: Who painted Ceci n'est pas une pipe?"
     ids = tokenizer(text).input_ids
     before, after = {
@@ -144,7 +145,7 @@ def test_a_half_written_folder_is_made_again(
     monkeypatch.setattr(mini, "train", counted(mini.train, taught))
     assert mini.make("gpt2-mini", progress=False) == place
     assert len(taught) == (there == "a rest")
-    load(place, "gpt2-mini")
+    saved(place, "gpt2-mini")
     assert [p.name for p in cache.iterdir()] == [place.name]
 
 
@@ -177,7 +178,7 @@ def test_the_command_makes_and_lists(cache: Path, capsys: pytest.CaptureFixture[
 
 
 def test_a_model_is_loaded_by_its_name(cache: Path) -> None:
-    model, tokenizer = load_model("gpt2-mini")
+    model, tokenizer = load("gpt2-mini")
     assert model.config.model_type == "gpt2" and len(tokenizer) == model.config.vocab_size
 
 

@@ -15,10 +15,11 @@ from torch.utils._pytree import tree_leaves
 
 from pymend import evaluate
 from pymend import reference as ref
+from pymend.algorithms.mend.mend import Mend
 from pymend.config import TrainConfig
-from pymend.mend import Mend
-from pymend.models import EditedWeight, frozen, weight_of
-from pymend.replay import Replay
+from pymend.engine.hooks import frozen
+from pymend.engine.replay import Replay
+from pymend.models.structure import EditedWeight, weight_of
 from pymend.training.episodes import run_episodes
 from pymend.training.optim import EditorOptimizer
 

@@ -18,12 +18,12 @@ from torch import nn
 from transformers import AutoConfig
 
 from pymend import MendConfig, Trainer
+from pymend.algorithms.mend.editor import Editor
 from pymend.cli import main
 from pymend.config import TrainConfig
-from pymend.editor import Editor
-from pymend.models import EditedWeight, find_weights
+from pymend.engine.tokens import Row
 from pymend.models.presets import Preset, preset, presets
-from pymend.tokens import Row
+from pymend.models.structure import EditedWeight, find_weights
 
 # Millions of parameters of an editor of rank 1920, from the formula 2 (2 r D + D + 2 n D), and
 # how many weights it edits: the paper's, else the default ones.
@@ -163,12 +163,19 @@ def test_weights_in_the_order_of_the_paper_train_and_edit(
 ) -> None:
     model = tiny.gpt2()
     names = tuple(f"transformer.h.{i}.mlp.{m}.weight" for i in (2, 3) for m in ("c_proj", "c_fc"))
-    monkeypatch.setattr("pymend.models.paper_weights", lambda config: names)
+    monkeypatch.setattr("pymend.models.structure.paper_weights", lambda config: names)
     mend = tiny.seasoned_mend(model, edit=("paper",))
     assert tuple(w.name for w in mend.weights) == names
     data, config = tiny.facts(4), TrainConfig(steps=1, batch_size=2, eval_records=2)
     trained = Trainer(
-        mend, model, tiny.tokenizer(), data, data[:2], config, tmp_path, progress=False
+        mend,
+        model,
+        tiny.tokenizer(),
+        data,
+        data[:2],
+        config=config,
+        output=tmp_path,
+        progress=False,
     ).train()
     edit = trained.edit(model, tiny.tokenizer(), data[0])
     rows = [Row((5, 9, 30, 7, 11)), Row((8, 6, 12))]

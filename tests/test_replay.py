@@ -22,13 +22,14 @@ from tiny import (
 )
 from torch import Tensor, nn
 
-import pymend.replay
-from pymend.losses import LabelRows
-from pymend.models import EditedWeight, find_weights, frozen, lowest_block
+import pymend.engine.replay
+from pymend.engine.hooks import frozen
+from pymend.engine.losses import LabelRows
+from pymend.engine.replay import Replay
+from pymend.engine.tokens import Batch, Row
+from pymend.models.structure import EditedWeight, find_weights, lowest_block
 from pymend.ops import head_losses
 from pymend.ops.token_losses import token_losses
-from pymend.replay import Replay
-from pymend.tokens import Batch, Row
 from pymend.training.episodes import run_episodes
 
 EQUAL = [Row((5, 9, 30, 7), 0, False), Row((6, 3, 8, 4), 0, False), Row((7, 7, 7, 9), 0, False)]
@@ -287,7 +288,7 @@ def test_training_losses_are_the_same_with_and_without_logits(
         # Chunks of three rows; and a replay that trusts no head.
         monkeypatch.setattr(head_losses, "CHUNK_BYTES", 3 * 61 * 8)
         if not plain:
-            monkeypatch.setattr(pymend.replay, "is_plain", lambda _: False)
+            monkeypatch.setattr(pymend.engine.replay, "is_plain", lambda _: False)
         mend = tiny_mend(model, n_edits=2, official=official)
         with frozen(model):
             replay = Replay(model, mend.weights)

@@ -26,11 +26,11 @@ from pymend.data.facts import load_relations
 from pymend.errors import meant_for_user
 from pymend.evaluation import evaluate
 from pymend.files import exclusive
-from pymend.models import mini
-from pymend.models.load import locate
 from pymend.reproduce import costs, data, figures, runs, tables
 from pymend.reproduce.plan import SCALES, VARIANTS, Run, Scale, Setup, load_scale
-from pymend.reproduce.runs import Place, perform
+from pymend.reproduce.runs import RunContext, perform
+from pymend.zoo import mini
+from pymend.zoo.load import locate
 
 TRAIN = {"steps": 3, "batch_size": 2, "lr": 1e-4, "keep": "last", "eval_records": 4}
 PAPER = {"zsre": "BART-base, zsRE", "wikitext": "distilGPT-2, Wikitext"}
@@ -111,8 +111,8 @@ def reproduce(scale: Path, *words: str) -> int:
     return main(["reproduce", *words, "--scale", str(scale), "--data", files, "--output", output])
 
 
-def place(scale: Path) -> Place:
-    return Place(scale.parent / "out", scale.parent / "files")
+def place(scale: Path) -> RunContext:
+    return RunContext(scale.parent / "out", scale.parent / "files")
 
 
 def test_all_tables_of_a_scale(
@@ -357,7 +357,7 @@ def test_an_evaluation_that_was_stopped_goes_on(
     changed = replace(place(scale_file), matmul="bf16")
     with pytest.raises(ValueError, match=r"spec\.json is of other settings"):
         perform(scale, run, changed, progress=False)
-    monkeypatch.setattr(evaluate_module, "_Look", None)  # no record is looked at again
+    monkeypatch.setattr(evaluate_module, "ChunkScores", None)  # no record is looked at again
     result = perform(scale, run, place(scale_file), progress=False)
     assert "metrics" in result and not (folder / "scores.jsonl").exists()
     (folder / "scores.jsonl").touch()  # a stop between the two

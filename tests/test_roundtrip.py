@@ -26,11 +26,11 @@ from torch import nn
 
 import pymend.edit
 from pymend import Edit, Trainer, evaluate
+from pymend.algorithms.mend.mend import Mend
 from pymend.config import TrainConfig
 from pymend.edit import LowRank
-from pymend.mend import Mend
-from pymend.models import frozen
-from pymend.replay import Replay
+from pymend.engine.hooks import frozen
+from pymend.engine.replay import Replay
 from pymend.training.episodes import run_episodes
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -92,7 +92,9 @@ def do_step(model: Any, mend: Mend, _: Path) -> None:
 def do_train(model: Any, mend: Mend, folder: Path) -> None:
     config = TrainConfig(steps=2, batch_size=2, eval_every=1, prefix_cache="memory")
     data = facts(6)
-    Trainer(mend, model, tokenizer(), data, data[:2], config, folder, progress=False).train()
+    Trainer(
+        mend, model, tokenizer(), data, data[:2], config=config, output=folder, progress=False
+    ).train()
 
 
 def do_evaluate(model: Any, mend: Mend, _: Path) -> None:

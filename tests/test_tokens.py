@@ -7,7 +7,7 @@ import torch
 from tiny import CONTEXT, WORDS, gpt2, tokenizer
 
 from pymend.config import EditRequest, Probe
-from pymend.tokens import IGNORE, Batch, Encoder, Row
+from pymend.engine.tokens import IGNORE, Batch, Encoder, Row
 
 A, B, C, D = WORDS[:4]
 

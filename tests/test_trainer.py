@@ -18,12 +18,12 @@ import torch
 from tiny import WORDS, assert_close, facts, gpt2, random_episodes, tiny_mend, tokenizer
 
 from pymend import Trainer, evaluate
-from pymend.capture import NonFiniteError
+from pymend.algorithms.mend.mend import Mend
 from pymend.config import EditRequest, Probe, TrainConfig
-from pymend.mend import Mend
-from pymend.models import frozen
-from pymend.plots import learning_curves
-from pymend.tokens import Encoder
+from pymend.engine.hooks import frozen
+from pymend.engine.tokens import Encoder
+from pymend.errors import NonFiniteError
+from pymend.report.plots import learning_curves
 from pymend.training.episodes import Sampler
 from pymend.training.optim import EditorOptimizer, learning_rate_factor
 
@@ -38,8 +38,8 @@ def trainer(folder: Path, config: TrainConfig = SMALL, **kw: Any) -> Trainer:
     data = kw.pop("data", None) or facts(16)
     held_out = kw.pop("held_out", facts(6, seed=9))
     mend = kw.pop("mend", None) or tiny_mend(model)
-    args = (mend, model, tokenizer(), data, held_out, config, folder)
-    return Trainer(*args, progress=False, **kw)
+    args = (mend, model, tokenizer(), data, held_out)
+    return Trainer(*args, config=config, output=folder, progress=False, **kw)
 
 
 def log_of(folder: Path) -> list[dict[str, Any]]:

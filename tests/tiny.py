@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from pymend import reference as ref
+from pymend.algorithms.mend.mend import Mend
 from pymend.config import EditRequest, MendConfig, Probe
-from pymend.mend import Mend
-from pymend.models import frozen
-from pymend.replay import Replay
-from pymend.tokens import Batch, Row
+from pymend.engine.hooks import frozen
+from pymend.engine.replay import Replay
+from pymend.engine.tokens import Batch, Row
 from pymend.training.episodes import Episode
 
 WORDS = tuple(f"{c}{v}" for c in "bdfgklmnprst" for v in "aeiou")[:57]

@@ -26,9 +26,9 @@ from torch import Tensor
 
 from gpu.measure import Call, Case, Device, Operands, Run, compare_all, in_tf32
 from pymend import reference as ref
+from pymend.algorithms.mend.editor import Editor
 from pymend.config import MendConfig
-from pymend.editor import Editor
-from pymend.models import EditedWeight
+from pymend.models.structure import EditedWeight
 from pymend.ops import apply_edit
 from pymend.ops import rank_update as rank_update_op
 

@@ -20,10 +20,11 @@ from official_order import OfficialOrder
 
 from gpu import measure
 from gpu.measure import Call, Device, Run, error, in_tf32
+from pymend.algorithms.mend.mend import Mend
 from pymend.config import MendConfig, TrainConfig
-from pymend.mend import Mend
-from pymend.models import find_weights, frozen, weight_of
-from pymend.replay import Replay
+from pymend.engine.hooks import frozen
+from pymend.engine.replay import Replay
+from pymend.models.structure import find_weights, weight_of
 from pymend.training.episodes import Sampler, run_episodes
 from pymend.training.optim import EditorOptimizer
 
@@ -97,7 +98,7 @@ def ours(model: Any, device: Device, amounts: Amounts) -> dict[str, tuple[Call, 
     def edit(replay: Replay) -> Any:
         with frozen(model):
             replay.load([row])
-            return mend.independent(replay, [row], joint=True)
+            return mend.compute(replay, [row], joint=True)
 
     def merge() -> None:
         made = edit(fresh)
@@ -187,7 +188,7 @@ def same_edit(name: str, device: Device, dry: bool, amounts: Amounts) -> float:
     with frozen(model):
         replay = Replay(model, mend.weights)
         replay.load([row])
-        made = mend.independent(replay, [row], joint=True)
+        made = mend.compute(replay, [row], joint=True)
         changes = [-f.alpha * f.delta.t() @ f.u for f in made.factors.values()]
         changes = [c.t() if w.transposed else c for c, w in zip(changes, mend.weights, strict=True)]
     with torch.enable_grad():

@@ -55,7 +55,9 @@ def training(run: Run) -> None:
         )
         output = run.out / f"editor-{steps}"
         begin = time.monotonic()
-        trainer = Trainer(mend, model, tokenizer, train, [], config, output, progress=False)
+        trainer = Trainer(
+            mend, model, tokenizer, train, [], config=config, output=output, progress=False
+        )
         mend = trainer.train()
         device.sync()
         return mend, time.monotonic() - begin

@@ -1,1 +1,1 @@
-"""Rivals of MEND, written from their descriptions, behind the same calls and evaluation."""
+"""MEND and its rivals, behind the same calls and the same evaluation."""

@@ -20,16 +20,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from pymend.algorithm import Algorithm
-from pymend.capture import NonFiniteError
+from pymend.algorithms.base import Algorithm
 from pymend.config import CacheConfig, to_json
-from pymend.edit import Outcome, beside, by_episode, check_fingerprint, fingerprint
-from pymend.models import EditedWeight, find_blocks, find_weights, stacks
-from pymend.replay import Replay
-from pymend.tokens import IGNORE, Batch, Row
+from pymend.edit import BaseEdit, Outcome, check_fingerprint, fingerprint, split_episodes
+from pymend.engine.hooks import forward_hooks
+from pymend.engine.replay import Replay
+from pymend.engine.tokens import IGNORE, Batch, Row
+from pymend.errors import NonFiniteError
+from pymend.models.structure import EditedWeight, find_blocks, find_weights, stacks
 
 
-class OutputEdit:
+class OutputEdit(BaseEdit):
     """Remembered answers: acts on what a model returns.
 
     ``keys`` [entries, d] are mean states, ``answers`` [entries, steps] int64 what to say near them:
@@ -47,22 +48,11 @@ class OutputEdit:
         outcomes: Sequence[Outcome] = (),
     ) -> None:
         self.keys, self.answers, self.config = keys, answers, config
-        self.fingerprint = fingerprint
-        self.outcomes = tuple(outcomes)
-        self.episodes: int | None = len(keys) if keys.dim() == 3 else None
+        super().__init__(len(keys) if keys.dim() == 3 else None, fingerprint, outcomes)
 
-    def __len__(self) -> int:
-        return 1 if self.episodes is None else self.episodes
-
-    def __getitem__(self, index: int) -> OutputEdit:
-        """One of several independent edits, without its padding."""
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"index {index} in an edit that holds {len(self)}")
-        if self.episodes is None:
-            return self
+    def _pick(self, index: int) -> OutputEdit:
         kept = self.keys[index].isfinite().all(-1)
-        keys, answers = self.keys[index][kept], self.answers[index][kept]
-        return OutputEdit(keys, answers, self.config, self.fingerprint, self.outcomes[index:][:1])
+        return OutputEdit(self.keys[index][kept], self.answers[index][kept], self.config)
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[nn.Module]:
@@ -81,7 +71,7 @@ class OutputEdit:
     def _rewrite(self, means: Tensor, logits: Tensor) -> Tensor:
         """``logits`` with the answers to the means [rows, positions, d] that have a near key."""
         keys, answers = self.keys.to(means), self.answers.to(means.device)
-        z = by_episode(means, self.episodes)
+        z = split_episodes(means, self.episodes)
         # The other way to compute distances is inexact where they are small.
         distances = torch.cdist(z, keys, compute_mode="donot_use_mm_for_euclid_dist")
         distance, nearest = distances.min(-1)
@@ -105,7 +95,7 @@ class OutputEdit:
         return changed.view(logits.shape)
 
 
-class Cache(Algorithm):
+class Cache(Algorithm[OutputEdit]):
     """The editor of the paper's appendix G; it needs no training and edits no weight."""
 
     weights: tuple[EditedWeight, ...] = ()
@@ -113,7 +103,12 @@ class Cache(Algorithm):
     def __init__(self, config: CacheConfig | None = None) -> None:
         self.config = config or CacheConfig()
 
-    def fit(self, model: nn.Module) -> str:
+    @classmethod
+    def from_config(cls, model: nn.Module, config: CacheConfig | None = None, **_: Any) -> Cache:
+        """A cache; it takes nothing from ``model``."""
+        return cls(config)
+
+    def prepare(self, model: nn.Module) -> str:
         """The fingerprint of the weights that are edited by default.
 
         Raises:
@@ -126,7 +121,7 @@ class Cache(Algorithm):
         return {"kind": "cache", **to_json(self.config)}
 
     @torch.no_grad()
-    def independent(self, replay: Replay, rows: Sequence[Row], joint: bool = False) -> OutputEdit:
+    def compute(self, replay: Replay, rows: Sequence[Row], joint: bool = False) -> OutputEdit:
         """One edit for each of ``rows``, or one for all of them if ``joint``.
 
         Raises:
@@ -190,7 +185,7 @@ def rewriting(model: nn.Module, rewrite: Callable[[Tensor, Tensor], Tensor]) -> 
         if settings is not None:
             stack.callback(setattr, settings, "use_cache", settings.use_cache)
             settings.use_cache = False
-        stack.enter_context(beside(model, {trunk: keep, "": change}))
+        stack.enter_context(forward_hooks(model, {trunk: keep, "": change}))
         yield
 
 
@@ -232,8 +227,3 @@ def find_eps(
         middle = (low + high) / 2
         low, high = (middle, high) if drawdown(middle) <= wanted else (low, middle)
     return low
-
-
-def thresholds(eps: float) -> tuple[float, float, float]:
-    """The paper's three: half of eps*, eps* and twice it."""
-    return eps / 2, eps, 2 * eps

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pymend.capture import NonFiniteError, first_input
-from pymend.edit import Outcome, beside, by_episode, check_fingerprint
-from pymend.models import EditedWeight, weight_of
+from pymend.edit import BaseEdit, Outcome, check_fingerprint, split_episodes
+from pymend.engine.hooks import first_input, forward_hooks
+from pymend.errors import NonFiniteError
+from pymend.models.structure import EditedWeight, weight_of
 
 
-class DenseEdit:
+class DenseEdit(BaseEdit):
     """W + residual for the weights of one model, applied beside them.
 
     ``residuals``: by weight, of its shape and layout; or [episodes, ., .] for independent edits
@@ -33,28 +34,13 @@ class DenseEdit:
         self.weights = tuple(weights)
         self.residuals = dict(residuals)
         self.steps = tuple(steps)
-        self.fingerprint = fingerprint
-        self.outcomes = tuple(outcomes)
         first = next(iter(self.residuals.values()))
-        self.episodes: int | None = len(first) if first.dim() == 3 else None
+        super().__init__(len(first) if first.dim() == 3 else None, fingerprint, outcomes)
         self._model: weakref.ref[nn.Module] | None = None
 
-    def __len__(self) -> int:
-        return 1 if self.episodes is None else self.episodes
-
-    def __getitem__(self, index: int) -> DenseEdit:
-        """One of several independent edits."""
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"index {index} in an edit that holds {len(self)}")
-        if self.episodes is None:
-            return self
-        return DenseEdit(
-            self.weights,
-            {name: r[index] for name, r in self.residuals.items()},
-            self.steps[index:][:1],
-            self.fingerprint,
-            self.outcomes[index:][:1],
-        )
+    def _pick(self, index: int) -> DenseEdit:
+        residuals = {name: r[index] for name, r in self.residuals.items()}
+        return DenseEdit(self.weights, residuals, self.steps[index:][:1])
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[nn.Module]:
@@ -67,7 +53,7 @@ class DenseEdit:
             ValueError: another model, non-finite residuals, or a batch that does not split.
         """
         self.check(model)
-        with beside(model, {w.module: self._hook(w) for w in self.weights}):
+        with forward_hooks(model, {w.module: self._hook(w) for w in self.weights}):
             yield model
 
     def _hook(self, weight: EditedWeight) -> Any:
@@ -75,7 +61,7 @@ class DenseEdit:
         factor = residual if weight.transposed else residual.mT
 
         def hook(_module: nn.Module, args: Any, kwargs: Any, y: Tensor) -> Tensor:
-            x = by_episode(first_input(args, kwargs), self.episodes)
+            x = split_episodes(first_input(args, kwargs), self.episodes)
             change = x.to(factor.dtype) @ factor.to(x.device)
             return y + change.view(y.shape).to(y.dtype)
 

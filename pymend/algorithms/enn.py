@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pymend.config import EditorConfig, EnnConfig
-from pymend.edit import Edit, LowRank, Outcome
-from pymend.losses import LabelRows, mean_per_row
-from pymend.models import EditedWeight
-from pymend.replay import Replay
-from pymend.tokens import Batch, Row, stacked
-from pymend.trainable import Trainable, edit_gradient
+from pymend.algorithms.trained import Trainable, edit_gradient
+from pymend.config import EnnConfig
+from pymend.edit import BaseEdit, Edit, LowRank, Outcome
+from pymend.engine.losses import LabelRows, mean_per_row
+from pymend.engine.replay import Replay
+from pymend.engine.tokens import Batch, Row, stacked
+from pymend.models.structure import EditedWeight
 
 
 class EnnEditor(nn.Module):
@@ -45,10 +45,10 @@ class EnnEditor(nn.Module):
         return {key.replace("#", "."): p for key, p in self.base.items()}
 
 
-class Enn(Trainable):
+class Enn(Trainable["EnnEdit"]):
     """An ENN: the adapted base and the step sizes.
 
-    ``independent`` and ``edit`` give an :class:`EnnEdit`, which shares the adapted base with this:
+    ``compute`` and ``edit`` give an :class:`EnnEdit`, which shares the adapted base with this:
     training on changes it too.
     """
 
@@ -70,7 +70,7 @@ class Enn(Trainable):
         return {"shapes": {name: list(p.shape) for name, p in model.named_parameters()}}
 
     @classmethod
-    def from_config(cls, model: nn.Module, config: EditorConfig | None = None) -> Enn:
+    def from_config(cls, model: nn.Module, config: Any = None, **_: Any) -> Enn:
         """An ENN whose adapted base is ``model`` itself, in float32 at least.
 
         Raises:
@@ -205,7 +205,7 @@ class Enn(Trainable):
         return EnnEdit(self, step, trained=trained)
 
     @torch.no_grad()
-    def independent(self, replay: Replay, rows: Sequence[Row], joint: bool = False) -> EnnEdit:
+    def compute(self, replay: Replay, rows: Sequence[Row], joint: bool = False) -> EnnEdit:
         """One edit for each of ``rows``, or one for all of them if ``joint``; nothing is trained.
 
         Raises:
@@ -215,7 +215,7 @@ class Enn(Trainable):
         return EnnEdit(self, step[0] if joint else step)
 
 
-class EnnEdit:
+class EnnEdit(BaseEdit):
     """An edit of an ENN: the adapted base, and the factors of one step on top of it.
 
     There is no weight to merge it into, since it changes all of them. ``fingerprint`` tells for
@@ -231,16 +231,10 @@ class EnnEdit:
         trained: bool = False,
     ) -> None:
         self.enn, self.step, self.trained = enn, step, trained
-        self.fingerprint = fingerprint
-        self.outcomes = tuple(outcomes)
+        super().__init__(step.episodes, fingerprint, outcomes)
 
-    def __len__(self) -> int:
-        return len(self.step)
-
-    def __getitem__(self, index: int) -> EnnEdit:
-        """One of several independent edits."""
-        step, outcomes = self.step[index], self.outcomes[index:][:1]
-        return EnnEdit(self.enn, step, self.fingerprint, outcomes, self.trained)
+    def _pick(self, index: int) -> EnnEdit:
+        return EnnEdit(self.enn, self.step[index], trained=self.trained)
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[nn.Module]:

@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pymend.algorithm import Algorithm
+from pymend.algorithms.base import Algorithm
 from pymend.algorithms.dense import DenseEdit
 from pymend.config import EditRequest, FineTuneConfig, to_json
 from pymend.edit import fingerprint
+from pymend.engine.losses import mean_of_seen
+from pymend.engine.replay import Replay
+from pymend.engine.tokens import Batch, Encoder, Row
 from pymend.files import digest
-from pymend.losses import mean_of_seen
-from pymend.models import EditedWeight, find_weights, weight_of
-from pymend.replay import Replay
-from pymend.tokens import Batch, Encoder, Row
+from pymend.models.structure import EditedWeight, find_weights, weight_of
 
 # The paper's learning rate and c_edit: encoder-decoder or not, from how many parameters on.
 PAPER = (
@@ -35,7 +35,7 @@ SMALL = 1e-6, 1e-2  # BART, BERT, distilGPT-2
 INIT_STD = 0.01  # of one factor of a residual of low rank; the other starts at zero
 
 
-class FineTune(Algorithm):
+class FineTune(Algorithm[DenseEdit]):
     """FT, or FT+KL if ``config.kl``.
 
     Args:
@@ -59,6 +59,7 @@ class FineTune(Algorithm):
         cls,
         model: nn.Module,
         config: FineTuneConfig | None = None,
+        *,
         tokenizer: Any = None,
         train_data: Sequence[EditRequest] = (),
         chat: bool = False,
@@ -82,7 +83,7 @@ class FineTune(Algorithm):
             locality = [encoder.probe(p) for request in train_data for p in request.locality]
         return cls(config, find_weights(model, config.edit, config.blocks), locality)
 
-    def fit(self, model: nn.Module) -> str:
+    def prepare(self, model: nn.Module) -> str:
         """The model's fingerprint.
 
         Raises:
@@ -99,7 +100,7 @@ class FineTune(Algorithm):
         """The model as this algorithm runs it: locality rows come one by one, and are kept."""
         return super().replay(model, keep or self.config.kl)
 
-    def independent(self, replay: Replay, rows: Sequence[Row], joint: bool = False) -> DenseEdit:
+    def compute(self, replay: Replay, rows: Sequence[Row], joint: bool = False) -> DenseEdit:
         """One edit for each of ``rows``, or one for all of them if ``joint``.
 
         Independent ones are fitted one after the other: a step is one pass over their weights,

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.rnn import pack_sequence
 
-from pymend.capture import Factors
+from pymend.algorithms.trained import Trainable, edit_gradient
 from pymend.config import KeConfig
 from pymend.edit import Edit, LowRank
-from pymend.models import EditedWeight
-from pymend.replay import Replay
-from pymend.tokens import Row, stacked
-from pymend.trainable import Trainable, edit_gradient
+from pymend.engine.capture import Factors
+from pymend.engine.replay import Replay
+from pymend.engine.tokens import Row, stacked
+from pymend.models.structure import EditedWeight
 
 BECOMES, IN = 0, 1  # the two separators among the marks; classes follow
 
@@ -74,7 +74,7 @@ class KeEditor(nn.Module):
         return parts
 
 
-class Ke(Trainable):
+class Ke(Trainable[Edit]):
     """A KnowledgeEditor. It edits one fact at a time."""
 
     kind = "ke"
@@ -159,7 +159,7 @@ class Ke(Trainable):
         return edit
 
     @torch.no_grad()
-    def independent(self, replay: Replay, rows: Sequence[Row], joint: bool = False) -> Edit:
+    def compute(self, replay: Replay, rows: Sequence[Row], joint: bool = False) -> Edit:
         """One edit for each of ``rows``; nothing is trained.
 
         Raises:

@@ -58,7 +58,7 @@ class RawRow:
         items = enumerate(self._list(name))
         return tuple(RawRow(self.where, {f"{name}[{i}]": v}).text(f"{name}[{i}]") for i, v in items)
 
-    def filled(self, name: str) -> tuple[str, ...]:
+    def atomic_dir(self, name: str) -> tuple[str, ...]:
         """The texts of a list that models wrote, who may have left some blank: those are not."""
         items = enumerate(self._list(name))
         texts = (RawRow(self.where, {f"{name}[{i}]": v}).optional(f"{name}[{i}]") for i, v in items)

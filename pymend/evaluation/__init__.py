@@ -1,6 +1,6 @@
 """Edit success, generality, locality and drawdown, each with its protocol."""
 
-from pymend.evaluation.evaluate import evaluate
+from pymend.evaluation.evaluator import evaluate
 from pymend.evaluation.metrics import Metrics
 
 __all__ = ["Metrics", "evaluate"]

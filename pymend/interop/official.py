@@ -19,11 +19,11 @@ from zipfile import ZipFile
 import torch
 from torch import Tensor, nn
 
+from pymend.algorithms.mend.mend import Mend
+from pymend.algorithms.trained import load_state
 from pymend.config import MendConfig
 from pymend.edit import fingerprint
-from pymend.mend import Mend
-from pymend.models import EditedWeight, find_weights
-from pymend.trainable import load_state
+from pymend.models.structure import EditedWeight, find_weights
 
 MOMENTS = ("k", "u_mean", "v_mean", "u_std", "v_std")  # v means delta
 NETWORKS = {"mlp": "joint", "mlp1": "u_side", "mlp2": "delta_side"}

@@ -8,28 +8,35 @@ knows no ``rank_pattern``. Its ``--max-lora-rank`` must be no smaller.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
 from torch.nn.functional import pad
 
-from pymend.edit import Edit
-from pymend.files import empty_dir, filled, write_tensors
+from pymend.files import atomic_dir, empty_dir, write_tensors
 
 
-def write_adapter(edit: Edit, folder: str | Path) -> None:
-    """What ``Edit.to_peft`` does and raises."""
-    if edit.episodes is not None:
-        raise RuntimeError("pick a single edit out of edit_many with [i] before exporting it")
-    edit.check_finite()
-    rank = max(edit.rank, 1)  # PEFT refuses 0
+def write_adapter(
+    folder: str | Path, layers: Mapping[str, tuple[Tensor, Tensor]], transposed: bool
+) -> None:
+    """Write a LoRA adapter that ``peft.PeftModel.from_pretrained`` loads.
+
+    Args:
+        layers: by the name of a linear layer, A [n, in] and B^T [n, out] of its change B A; n may
+            differ from layer to layer.
+        transposed: some weight is in GPT-2's ``Conv1D`` layout.
+
+    Raises:
+        FileExistsError: ``folder`` holds something already.
+        PermissionError: it cannot be written.
+    """
+    rank = max(1, *(len(a) for a, _ in layers.values()))  # PEFT refuses 0
     tensors: dict[str, Tensor] = {}
-    for w in edit.weights:
-        f = edit.factors[w.name]
-        missing = (0, 0, 0, rank - len(f.u))
-        layer = f"base_model.model.{w.module}"
-        tensors[f"{layer}.lora_A.weight"] = pad(f.u, missing)
-        tensors[f"{layer}.lora_B.weight"] = pad(-f.alpha * f.delta, missing).t()
+    for name, (a, b) in layers.items():
+        missing = (0, 0, 0, rank - len(a))
+        tensors[f"base_model.model.{name}.lora_A.weight"] = pad(a, missing)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = pad(b, missing).t()
     config = {
         "peft_type": "LORA",
         "task_type": None,
@@ -38,11 +45,11 @@ def write_adapter(edit: Edit, folder: str | Path) -> None:
         "lora_alpha": rank,
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": any(w.transposed for w in edit.weights),
-        "target_modules": [w.module for w in edit.weights],  # whole names: no other module has them
+        "fan_in_fan_out": transposed,
+        "target_modules": [*layers],  # whole names: no other module has them
         "inference_mode": True,
     }
-    with filled(empty_dir(folder)) as scratch:
+    with atomic_dir(empty_dir(folder)) as scratch:
         write_tensors(scratch / "adapter_model.safetensors", tensors)
         text = json.dumps(config, indent=2) + "\n"  # PEFT warns of a format_version
         (scratch / "adapter_config.json").write_text(text, encoding="utf-8")

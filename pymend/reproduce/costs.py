@@ -15,23 +15,21 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from pymend.algorithm import Algorithm
-from pymend.algorithms.cache import Cache
-from pymend.algorithms.finetune import FineTune
-from pymend.algorithms.registry import TRAINABLE, load_editor
-from pymend.config import CacheConfig, EditorConfig, FineTuneConfig, to_json
+from pymend.algorithms.base import Algorithm
+from pymend.algorithms.registry import METHODS, load_editor, trainable
+from pymend.config import EditorConfig, to_json
 from pymend.data.builders import Splits
 from pymend.files import read_json, write_json
-from pymend.models.mini import edition
-from pymend.report import number
+from pymend.report.tables import number
 from pymend.reproduce import data, figures
-from pymend.reproduce.plan import RIVALS, Run, Scale, Settings
-from pymend.reproduce.runs import Place, in_processes, loaded
+from pymend.reproduce.plan import Run, Scale, Settings
+from pymend.reproduce.runs import RunContext, in_processes, loaded
 from pymend.reproduce.tables import markdown, write_csv, write_text
 from pymend.training.trainer import Trainer
+from pymend.zoo.mini import edition
 
 STEPS, EDITS = 5, 10
-ALGORITHMS = ("mend", *RIVALS)
+ALGORITHMS = tuple(METHODS)
 TITLES = {"memory": "Memory", "time": "Time"}
 UNITS = {"memory": "MiB", "time": "seconds"}
 STEP = ("editor MiB", "step MiB", "step seconds")  # of algorithms that are trained
@@ -51,7 +49,7 @@ NOTE = (
 )
 
 
-def measured(scale: Scale, place: Place) -> dict[str, Any]:
+def measured(scale: Scale, place: RunContext) -> dict[str, Any]:
     """What ``memory`` and ``time`` show, measured once for both.
 
     ``costs.json`` keeps each algorithm on each setup as soon as it is measured, or did not fit into
@@ -67,7 +65,7 @@ def measured(scale: Scale, place: Place) -> dict[str, Any]:
     return known
 
 
-def missing(scale: Scale, place: Place) -> list[Run]:
+def missing(scale: Scale, place: RunContext) -> list[Run]:
     """What :func:`measured` has still to measure.
 
     Raises:
@@ -84,7 +82,7 @@ def missing(scale: Scale, place: Place) -> list[Run]:
     return left
 
 
-def memory_of_edits(scale: Scale, place: Place) -> dict[Run, float | None]:
+def memory_of_edits(scale: Scale, place: RunContext) -> dict[Run, float | None]:
     """Extra peak memory of an edit [MiB], of what was measured; None if it did not fit.
 
     Raises:
@@ -94,7 +92,7 @@ def memory_of_edits(scale: Scale, place: Place) -> dict[Run, float | None]:
     return {Run(c["setup"], c["algorithm"]): c["edit MiB"] for c in costs}
 
 
-def _known(scale: Scale, place: Place) -> dict[str, Any]:
+def _known(scale: Scale, place: RunContext) -> dict[str, Any]:
     """What ``costs.json`` holds, or is to hold before anything is measured."""
     file, spec = _file(place), _spec(scale, place)
     if not file.is_file():
@@ -105,7 +103,7 @@ def _known(scale: Scale, place: Place) -> dict[str, Any]:
     return known
 
 
-def _file(place: Place) -> Path:
+def _file(place: RunContext) -> Path:
     return place.output / "costs.json"
 
 
@@ -118,7 +116,7 @@ def setups(scale: Scale) -> list[str]:
     return list(dict.fromkeys(s for part in TITLES for s in scale.tables.get(part, {})))
 
 
-def _spec(scale: Scale, place: Place) -> dict[str, Any]:
+def _spec(scale: Scale, place: RunContext) -> dict[str, Any]:
     """What the measurements depend on, as JSON gives it back."""
     made = {name: edition(scale.setups[name].model) for name in setups(scale)}
     return {
@@ -138,7 +136,7 @@ def _settings(scale: Scale, run: Run) -> Settings:
     return replace(own, train=few)
 
 
-def write(scale: Scale, name: str, command: str, place: Place) -> Path:
+def write(scale: Scale, name: str, command: str, place: RunContext) -> Path:
     """Write ``name``.md, .csv and .png of :func:`measured`."""
     folder, known = place.output, measured(scale, place)
     unit = UNITS[name]
@@ -179,7 +177,7 @@ def _cell(costs: Mapping[str, Any], kind: str) -> str:
     return figures.OUT_OF_MEMORY if failed else number(costs.get(kind))
 
 
-def _measure(scale: Scale, run: Run, place: Place) -> dict[str, Any]:
+def _measure(scale: Scale, run: Run, place: RunContext) -> dict[str, Any]:
     """What ``run`` takes; None, and why, from where it did not fit into memory.
 
     A process for each measurement, since memory that was freed is not given back to the system.
@@ -212,7 +210,7 @@ def _is_lack_of_memory(error: Exception) -> bool:
     return any(words in str(error) for words in NO_MEMORY)
 
 
-def measure_steps(scale: Scale, run: Run, place: Place, scratch: Path) -> dict[str, float]:
+def measure_steps(scale: Scale, run: Run, place: RunContext, scratch: Path) -> dict[str, float]:
     """Extra peak memory [MiB] and median seconds of a training step, and the editor's memory.
 
     Extra is what comes on top of the loaded model and the untrained editor.
@@ -224,11 +222,13 @@ def measure_steps(scale: Scale, run: Run, place: Place, scratch: Path) -> dict[s
     settings = _settings(scale, run)
     assert settings.train is not None and isinstance(settings.editor, EditorConfig)
     begin = _memory(model)
-    algorithm = TRAINABLE[run.algorithm].from_config(model, settings.editor)
+    algorithm = trainable(run.algorithm).from_config(model, settings.editor)
     own = _mib(_memory(model), begin)
     begin = _restart(model)
     config, train = settings.train, splits["train"]
-    Trainer(algorithm, model, tokenizer, train, [], config, scratch, progress=False).train()
+    Trainer(
+        algorithm, model, tokenizer, train, [], config=config, output=scratch, progress=False
+    ).train()
     log = (scratch / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return {
         "editor MiB": own,
@@ -237,22 +237,23 @@ def measure_steps(scale: Scale, run: Run, place: Place, scratch: Path) -> dict[s
     }
 
 
-def measure_edits(scale: Scale, run: Run, place: Place, scratch: Path) -> dict[str, float]:
+def measure_edits(scale: Scale, run: Run, place: RunContext, scratch: Path) -> dict[str, float]:
     """Extra peak memory [MiB] and median seconds of an edit.
 
     Args:
         scratch: holds the editor, of an algorithm that is trained.
     """
     model, tokenizer, splits = _loaded(scale, run, place)
-    config = scale.settings(run).editor
-    algorithm: Algorithm
-    if isinstance(config, CacheConfig):
-        algorithm = Cache(config)
-    elif isinstance(config, FineTuneConfig):
-        algorithm = FineTune.from_config(model, config, tokenizer, splits["train"])
-    else:
+    method = METHODS[run.algorithm]
+    algorithm: Algorithm[Any]
+    if method.trained:
         algorithm = load_editor(scratch)
-        algorithm.fit(model)
+        algorithm.prepare(model)
+    else:
+        config = scale.settings(run).editor
+        algorithm = method.load().from_config(
+            model, config, tokenizer=tokenizer, train_data=splits["train"]
+        )
     begin = _restart(model)
     seconds = []
     for request in splits["test"]:
@@ -262,7 +263,7 @@ def measure_edits(scale: Scale, run: Run, place: Place, scratch: Path) -> dict[s
     return {"edit MiB": _mib(_peak(model), begin), "edit seconds": statistics.median(seconds)}
 
 
-def _loaded(scale: Scale, run: Run, place: Place) -> tuple[Any, Any, Splits]:
+def _loaded(scale: Scale, run: Run, place: RunContext) -> tuple[Any, Any, Splits]:
     """The model, its tokenizer and the records that are measured on."""
     setup = scale.setups[run.setup]
     splits = data.records(setup, place.sets, place.files)

@@ -27,10 +27,10 @@ from pymend.data.builders import (
 from pymend.data.builders.sets import SPLITS
 from pymend.data.choices import draw
 from pymend.data.facts import load_relations, split_of
-from pymend.models.load import load_model
+from pymend.engine.generate import continuations
+from pymend.engine.tokens import Encoder
 from pymend.reproduce.plan import Setup
-from pymend.sampling import continuations
-from pymend.tokens import Encoder
+from pymend.zoo.load import load
 
 VALIDATION = 1000  # records of a training file that are held back, at most: its last tenth
 # The paper's locality prompts are drawn from everything; those of zsRE-hard are near.
@@ -67,7 +67,7 @@ def _folder(setup: Setup, cache: Path, seed: int) -> Path:
 
 
 def _passages(name: str, seed: int) -> tuple[Splits, dict[str, Any]]:
-    model, tokenizer = load_model(name)
+    model, tokenizer = load(name)
     encoder = Encoder.for_model(model, tokenizer)
     splits = wikitext(
         {split: fact_passages(split, seed) for split in SPLITS},

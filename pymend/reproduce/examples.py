@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from pymend.config import EditRequest
+from pymend.engine.generate import greedy
+from pymend.engine.tokens import Encoder
 from pymend.files import write_json
-from pymend.report import greedy
 from pymend.reproduce import data
 from pymend.reproduce.plan import Run, Scale
-from pymend.reproduce.runs import Place, loaded
+from pymend.reproduce.runs import RunContext, loaded
 from pymend.reproduce.tables import markdown, write_csv, write_text
-from pymend.tokens import Encoder
 
 EDITS = 10  # shown
 OTHERS = 2  # paraphrases and neighbours of each
@@ -24,7 +24,7 @@ HEAD = ("kind", "prompt", "before", "after", "mark")
 TITLES = {"table8": "Generation edits", "table10": "Edits, paraphrases, neighbours"}
 
 
-def write(scale: Scale, name: str, folder: Path, command: str, place: Place) -> Path:
+def write(scale: Scale, name: str, folder: Path, command: str, place: RunContext) -> Path:
     """Write ``name``.md, .csv and .json: MEND's edits of the first test records; return the first.
 
     Raises:

@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pymend.algorithms.registry import METHODS
 from pymend.files import replacing
-from pymend.plots import BLUE, GREEN, LEGEND, RED
+from pymend.report.plots import BLUE, GREEN, LEGEND, RED
 from pymend.reproduce.plan import Scale
-from pymend.reproduce.tables import NAMES, Results, Row, Table, cell, paper, printed
+from pymend.reproduce.tables import Results, Row, Table, cell, paper, printed
 
 GREY = "#888888"
 OUT_OF_MEMORY = "out of memory"
@@ -72,7 +73,7 @@ def _batches(scale: Scale, name: str, table: Table, results: Results, path: Path
             pairs = [(row.n_edits, cell(scale, results, row, setup)) for row in rows]
             seen = [(k, c) for k, c in pairs if c]
             given = [(r.n_edits, *printed(theirs[r.label])) for r in rows if r.label in theirs]
-            label = NAMES[algorithm]
+            label = METHODS[algorithm].title
             for ax, part in zip(axes, ("success", "drawdown"), strict=True):
                 at = [k for k, _ in seen]
                 ax.plot(at, [getattr(c, part) for _, c in seen], "o-", color=colour, label=label)

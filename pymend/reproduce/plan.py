@@ -15,19 +15,12 @@ from typing import Any
 
 import yaml
 
-from pymend.config import (
-    EDITORS,
-    CacheConfig,
-    EditorConfig,
-    FineTuneConfig,
-    TrainConfig,
-    from_json,
-)
+from pymend.algorithms.registry import METHODS
+from pymend.config import CacheConfig, EditorConfig, FineTuneConfig, TrainConfig, from_json
 from pymend.data.readers import read_text
 
 SCALES = ("mini", "smollm2", "paper")
 TABLES = (*(f"table{n}" for n in (3, 4, 5, 6, 8, 9, 10, 11)), "memory", "time")
-RIVALS = ("ft", "ft+kl", "enn", "ke", "cache")
 WITH_SUBJECTS = ("claims", "qa", "zsre-hard")  # sets from facts whose records name their subject
 FACTORS = (0.5, 1.0, 2.0)  # of Cache's eps*, as in the paper
 
@@ -139,22 +132,19 @@ class Scale:
         own_setup = self.overrides.get(run.setup, {}).get(run.algorithm, {})
         given = _merged(self.algorithms[run.algorithm], own_setup)
         where = f"scale {self.name}, {run.algorithm}"
-        own = dict(given.get("editor", {}))
-        if run.algorithm not in EDITORS:
-            if run.algorithm == "cache":
-                factors = tuple(given.get("factors", FACTORS))
-                return Settings(from_json(CacheConfig, own, where), None, given["records"], factors)
-            own |= {"kl": run.algorithm == "ft+kl"}
-            return Settings(from_json(FineTuneConfig, own, where), None, given["records"])
-        own |= VARIANTS[run.variant]
-        train = dict(given["train"])
-        if run.n_edits > 1:
-            own["n_edits"] = run.n_edits
-            train |= given.get("train_several", {}).get(run.n_edits, {})
+        method, factors = METHODS[run.algorithm], tuple(given.get("factors", FACTORS))
+        own = {**given.get("editor", {}), **VARIANTS[run.variant]}
+        train = None
+        if method.trained:
+            train = dict(given["train"])
+            if run.n_edits > 1:
+                own["n_edits"] = run.n_edits
+                train |= given.get("train_several", {}).get(run.n_edits, {})
         return Settings(
-            from_json(EDITORS[run.algorithm], own, where),
-            from_json(TrainConfig, train, where),
+            method.settings(own, where),
+            None if train is None else from_json(TrainConfig, train, where),
             given["records"],
+            factors,
         )
 
 
@@ -186,7 +176,7 @@ def load_scale(name: str, quick: bool = False) -> Scale:
         scale = Scale(Path(name).stem, setups=setups, batches=batches, **raw)
         scale = _reduced(scale, reduced) if quick else scale
         absent = {s for table in scale.tables.values() for s in table} - set(setups)
-        absent |= {"mend", *RIVALS} - set(scale.algorithms)
+        absent |= METHODS.keys() - set(scale.algorithms)
         unscored = [a for a, own in scale.algorithms.items() if own.get("records", 0) < 1]
         factors = scale.algorithms["cache"].get("factors", FACTORS)
         nameless = [s.name for s in setups.values() if s.invented and s.data not in WITH_SUBJECTS]

@@ -17,29 +17,26 @@ import torch
 from tqdm.auto import tqdm
 from transformers.utils import logging as quiet
 
-from pymend.algorithm import Algorithm
+from pymend.algorithms.base import Algorithm
 from pymend.algorithms.cache import Cache, find_eps
-from pymend.algorithms.finetune import FineTune
-from pymend.algorithms.registry import TRAINABLE, load_editor
-from pymend.capture import NonFiniteError
+from pymend.algorithms.registry import METHODS, load_editor, trainable
+from pymend.algorithms.trained import Trainable
 from pymend.config import (
     CacheConfig,
     EditorConfig,
     EditRequest,
-    FineTuneConfig,
     TrainConfig,
     to_json,
 )
 from pymend.data.facts import Split
-from pymend.errors import meant_for_user
+from pymend.errors import NonFiniteError, meant_for_user
 from pymend.evaluation import evaluate
 from pymend.files import read_json, writable_dir, write_json
-from pymend.models.load import is_to_be_made, load_model, locate
-from pymend.models.mini import edition
 from pymend.reproduce import data
 from pymend.reproduce.plan import Run, Scale, Settings
-from pymend.trainable import Trainable
 from pymend.training.trainer import DivergedError, Trainer
+from pymend.zoo.load import is_to_be_made, load, locate
+from pymend.zoo.mini import edition
 
 SCORES = "scores*.jsonl"  # of records, in the folder of a run that is not finished
 TUNING = 100  # validation records on which Cache's threshold is found
@@ -49,7 +46,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Place:
+class RunContext:
     """Where a reproduction reads and writes.
 
     Args:
@@ -76,7 +73,7 @@ class Place:
         """The folder of ``run``."""
         return self.output / "runs" / run.name
 
-    def editor(self, run: Run) -> Trainable:
+    def editor(self, run: Run) -> Trainable[Any]:
         """The editor that ``run`` trained.
 
         Raises:
@@ -103,10 +100,10 @@ def start(threads: int, matmul: str) -> None:
 @lru_cache(maxsize=1)
 def loaded(name: str, dtype: str, device: str | None) -> tuple[Any, Any]:
     """A model and its tokenizer, kept while the runs that follow are on the same one."""
-    return load_model(name, dtype, device)
+    return load(name, dtype=dtype, device=device)
 
 
-def perform(scale: Scale, run: Run, place: Place, progress: bool = True) -> dict[str, Any]:
+def perform(scale: Scale, run: Run, place: RunContext, progress: bool = True) -> dict[str, Any]:
     """The result of ``run``, from its folder if it is there; an interrupted training goes on.
 
     Raises:
@@ -148,7 +145,7 @@ def _finished(folder: Path) -> dict[str, Any]:
 class _Bench:
     """A model and its records, on which a run is carried out."""
 
-    def __init__(self, scale: Scale, run: Run, place: Place, progress: bool) -> None:
+    def __init__(self, scale: Scale, run: Run, place: RunContext, progress: bool) -> None:
         self.scale, self.of, self.place, self.progress = scale, run, place, progress
         self.setup = scale.setups[run.setup]
         self.splits = data.records(self.setup, place.sets, place.files)
@@ -185,17 +182,23 @@ class _Bench:
             )
         if isinstance(config, CacheConfig):
             return self._thresholds(settings.factors, test)
-        if isinstance(config, FineTuneConfig):
-            train = self.splits["train"]
-            algorithm: Algorithm = FineTune.from_config(self.model, config, self.tokenizer, train)
+        algorithm: Algorithm[Any]
+        if settings.train is None:
+            algorithm = (
+                METHODS[self.of.algorithm]
+                .load()
+                .from_config(
+                    self.model, config, tokenizer=self.tokenizer, train_data=self.splits["train"]
+                )
+            )
         else:
-            assert settings.train is not None
+            assert isinstance(config, EditorConfig)
             algorithm = self._trained(config, settings.train)
         return {"metrics": self._scores(algorithm, test, "scores.jsonl")}
 
-    def _trained(self, config: EditorConfig, train: TrainConfig) -> Algorithm:
+    def _trained(self, config: EditorConfig, train: TrainConfig) -> Algorithm[Any]:
         torch.manual_seed(self.place.seed)
-        algorithm = TRAINABLE[self.of.algorithm].from_config(self.model, config)
+        algorithm = trainable(self.of.algorithm).from_config(self.model, config)
         if self.of.n_edits > 1:
             fewer = self._editor_before()
             algorithm.editor.load_state_dict(fewer.editor.state_dict())
@@ -205,14 +208,14 @@ class _Bench:
             self.tokenizer,
             self.splits["train"],
             self.splits["validation"],
-            replace(train, seed=self.place.seed),
-            self.place.folder(self.of) / "editor",
+            config=replace(train, seed=self.place.seed),
+            output=self.place.folder(self.of) / "editor",
             resume=True,
             progress=self.progress,
         )
         return trainer.train()
 
-    def _editor_before(self) -> Trainable:
+    def _editor_before(self) -> Trainable[Any]:
         after = self.scale.after(self.of)
         assert after
         return self.place.editor(after)
@@ -227,7 +230,7 @@ class _Bench:
 
         with tqdm(desc="eps*", disable=not self.progress) as bar:
 
-            def drawdown(algorithm: Algorithm) -> float:
+            def drawdown(algorithm: Algorithm[Any]) -> float:
                 bar.update()
                 return float(self._scores(algorithm, tuning, None)[self.setup.drawdown])
 
@@ -250,7 +253,7 @@ class _Bench:
         return data.groups(self.splits[split], self.setup.draws, self.of.n_edits, limit)
 
     def _scores(
-        self, algorithm: Algorithm, records: Sequence[EditRequest], kept: str | None
+        self, algorithm: Algorithm[Any], records: Sequence[EditRequest], kept: str | None
     ) -> dict[str, Any]:
         """The means of an evaluation; with a file ``kept`` it shows a bar, and can go on."""
         metrics = evaluate(
@@ -284,7 +287,7 @@ def make_models(scale: Scale, setups: Iterable[str], jobs: int = 1) -> None:
 
 
 def perform_all(
-    scale: Scale, runs: Sequence[Run], place: Place, jobs: int = 1
+    scale: Scale, runs: Sequence[Run], place: RunContext, jobs: int = 1
 ) -> dict[Run, dict[str, Any]]:
     """The results of ``runs``, each in a process of its own if there are several ``jobs``.
 
@@ -308,7 +311,7 @@ def perform_all(
 
 
 def _carried_out(
-    scale: Scale, runs: Sequence[Run], place: Place, jobs: int
+    scale: Scale, runs: Sequence[Run], place: RunContext, jobs: int
 ) -> Iterator[tuple[Run, dict[str, Any]]]:
     if jobs == 1:
         for run in runs:

@@ -11,13 +11,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from pymend.algorithms.registry import METHODS, RIVALS
 from pymend.files import replacing, write_json
-from pymend.report import number
-from pymend.reproduce.plan import RIVALS, VARIANTS, Run, Scale
+from pymend.report.tables import number
+from pymend.reproduce.plan import VARIANTS, Run, Scale
 
 Results = Mapping[Run, Mapping[str, Any]]
 
-NAMES = {"ft": "FT", "ft+kl": "FT+KL", "enn": "ENN", "ke": "KE", "mend": "MEND"}
 CACHE = {1.0: "Cache eps*", 0.5: "Cache eps*/2", 2.0: "Cache 2 eps*"}
 PROTOCOL = (
     "Edit success is `es_outer`, what the paper's tables were made with: teacher-forced exact "
@@ -88,11 +88,11 @@ CACHES = tuple(Row(label, "cache", factor=factor) for factor, label in CACHE.ite
 
 def tables(scale: Scale) -> dict[str, Table]:
     """The tables of scores that ``scale`` has setups for."""
-    rivals = [Row(NAMES[name], name) for name in RIVALS if name in NAMES]
+    rivals = [Row(METHODS[name].title, name) for name in RIVALS if name != "cache"]
     over = tuple(Claim("MEND", name) for name in ("FT", "FT+KL"))
     cheaper = Claim("MEND", "FT", "Wikitext", drawdown=True)
     several = tuple(
-        Row(f"{NAMES[name]} {k}", name, n_edits=k)
+        Row(f"{METHODS[name].title} {k}", name, n_edits=k)
         for name in ("enn", "mend")
         for k in scale.batches
     )

@@ -6,14 +6,15 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pymend.losses import hits_rows, mean_of_seen, mean_per_row
-from pymend.replay import Replay
-from pymend.tokens import Batch, EncodedRequest, Row
-from pymend.trainable import Trainable
+from pymend.algorithms.trained import Trainable
+from pymend.engine.losses import hits_rows, mean_of_seen, mean_per_row
+from pymend.engine.replay import Replay
+from pymend.engine.tokens import Batch, EncodedRequest, Row
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ class EpisodeScores:
 
 
 def run_episodes(
-    algorithm: Trainable, replay: Replay, episodes: Sequence[Episode], outer: str, merge: bool
+    algorithm: Trainable[Any], replay: Replay, episodes: Sequence[Episode], outer: str, merge: bool
 ) -> EpisodeScores:
     """Edit once per episode, all in one pass, and look at the edited model.
 

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.linalg import vector_norm
 from torch.optim.adam import adam
 
+from pymend.algorithms.mend.network import LowRankLayer
+from pymend.algorithms.trained import Trainable
 from pymend.config import TrainConfig
-from pymend.editor.network import LowRankLayer
 from pymend.ops.factored_adam import factored_adam, fused_rows, gram_norm
-from pymend.trainable import Trainable
 
 
 def learning_rate_factor(config: TrainConfig, step: int) -> float:

@@ -21,8 +21,11 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from pymend.capture import NonFiniteError
+from pymend.algorithms.trained import Trainable, load_state
 from pymend.config import EditRequest, TrainConfig, to_json
+from pymend.engine.hooks import frozen
+from pymend.engine.tokens import EncodedRequest, Encoder
+from pymend.errors import NonFiniteError
 from pymend.files import (
     digest,
     read_json,
@@ -32,16 +35,13 @@ from pymend.files import (
     write_json,
     write_tensors,
 )
-from pymend.models import frozen
-from pymend.tokens import EncodedRequest, Encoder
-from pymend.trainable import Trainable, load_state
 from pymend.training.episodes import EpisodeScores, Sampler, run_episodes
 from pymend.training.optim import EditorOptimizer
 
 MAX_SKIPPED = 20  # steps in a row without a finite gradient before a run gives up
 PROGRESS = ("step", "best_step", "skipped", "skipped_in_row")  # counters that a checkpoint keeps
 
-A = TypeVar("A", bound=Trainable)
+A = TypeVar("A", bound="Trainable[Any]")
 
 
 class DivergedError(RuntimeError):
@@ -76,13 +76,14 @@ class Trainer(Generic[A]):
         tokenizer: Any,
         train_data: Sequence[EditRequest],
         eval_data: Sequence[EditRequest],
+        *,
         config: TrainConfig,
         output: str | Path,
         resume: bool = False,
         progress: bool = True,
         chat: bool = False,
     ) -> None:
-        algorithm.fit(model)
+        algorithm.prepare(model)
         self.algorithm, self.model = algorithm, model
         self.config, self.progress = config, progress
         encoder = Encoder.for_model(model, tokenizer, chat)

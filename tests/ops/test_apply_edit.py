@@ -19,9 +19,9 @@ from torch.utils._pytree import tree_leaves
 
 from pymend import _lib
 from pymend import reference as ref
+from pymend.algorithms.mend.editor import Editor
 from pymend.config import MendConfig
-from pymend.editor import Editor
-from pymend.models import EditedWeight
+from pymend.models.structure import EditedWeight
 from pymend.ops import apply_edit as op
 from pymend.ops import editor_stream, rank_update
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pymend import _lib
+from pymend.algorithms.mend.editor import network
 from pymend.config import MendConfig
-from pymend.editor import network
 from pymend.ops import editor_mlp
 from pymend.ops import editor_stream as op
 

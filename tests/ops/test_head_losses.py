@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from pymend.engine.tokens import IGNORE
 from pymend.ops import head_losses as op
 from pymend.ops.token_losses import TokenLosses
-from pymend.tokens import IGNORE
 
 D, V, ROWS = 6, 300, 7  # rows of a chunk
 KINDS = {"nll": (True, False), "kl": (False, True), "both": (True, True)}

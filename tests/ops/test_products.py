@@ -11,7 +11,7 @@ from tolerances import assert_no_worse_than_eager
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from pymend.models import frozen
+from pymend.engine.hooks import frozen
 from pymend.ops import products
 
 needs_onednn = pytest.mark.skipif(products._onednn is None, reason="this torch has no oneDNN")

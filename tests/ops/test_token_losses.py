@@ -17,8 +17,8 @@ from tolerances import assert_no_worse_than_eager
 from torch import Tensor
 
 from pymend import _lib, reference
+from pymend.engine.tokens import IGNORE
 from pymend.ops import token_losses as op
-from pymend.tokens import IGNORE
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INF, NAN = math.inf, math.nan

@@ -4,10 +4,9 @@ A builder is a function of raw records and a seed: the same input gives the same
 writes what it returns, with a card that says what the set is.
 """
 
-from pymend.data.builders.claims import Claim, claim_texts, fact_claims, fever, read_claims
+from pymend.data.builders.claims import Claim, fact_claims, fever, read_claims
 from pymend.data.builders.questions import (
     fact_questions,
-    qa_pairs,
     read_questions,
     read_zsre,
     zsre,
@@ -21,13 +20,11 @@ __all__ = [
     "Claim",
     "Cuts",
     "Splits",
-    "claim_texts",
     "describe",
     "fact_claims",
     "fact_passages",
     "fact_questions",
     "fever",
-    "qa_pairs",
     "read_claims",
     "read_passages",
     "read_questions",

@@ -12,14 +12,10 @@ from pathlib import Path
 from pymend.config import EditRequest, Probe
 from pymend.data.builders.kilt import kilt_row
 from pymend.data.builders.sets import LOCALITY, SPLITS, Splits, ordered, partition
-from pymend.data.choices import draw, hashed, pick
+from pymend.data.choices import draw, hashed
 from pymend.data.facts import (
     Relation,
-    Split,
     fact_requests,
-    load_relations,
-    split_of,
-    wrong_objects,
 )
 from pymend.data.readers import RawRow, read_rows
 
@@ -156,20 +152,3 @@ def _claim(relation: Relation, fact: EditRequest, seed: int) -> Claim:
     said = fact.ground_truth if label else fact.target
     first, *others = (f"{text} {said}." for text in (fact.prompt, *fact.rephrases))
     return Claim(first, label, str(fact.subject), relation.name, tuple(others), fact.subject)
-
-
-def claim_texts(split: Split, seed: int = 0) -> list[tuple[str, bool]]:
-    """Every fact of a split in every wording, once true and once false: what a model is taught.
-
-    Each false claim has a wrong object of its own.
-    """
-    texts = []
-    for relation in load_relations():
-        for subject, truth in relation.facts.items():
-            if split_of(subject) == split:
-                wrong = wrong_objects(relation, subject)
-                for pattern in statements(relation):
-                    [other] = pick(wrong, 1, "claim", seed, subject, pattern)
-                    stem = pattern.format(subject)
-                    texts += [(f"{stem} {truth}.", True), (f"{stem} {other}.", False)]
-    return texts

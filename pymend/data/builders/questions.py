@@ -194,14 +194,3 @@ def fact_questions(seed: int = 0, near: int = NEAR) -> Splits:
         split: [r for _, r in fact_requests(split, **counts, seed=seed, patterns=question_wordings)]
         for split in SPLITS
     }
-
-
-def qa_pairs(split: Split) -> list[tuple[str, str]]:
-    """Every question about the facts of a split with its true answer: what a model is taught."""
-    return [
-        (pattern.format(subject), truth)
-        for relation in load_relations()
-        for subject, truth in relation.facts.items()
-        if split_of(subject) == split
-        for pattern in question_wordings(relation)
-    ]

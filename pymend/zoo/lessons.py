@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pymend.data.builders.claims import NAMES
 from pymend.data.choices import hashed, pick
 from pymend.data.facts import Relation, load_relations, wrong_objects
-from pymend.tokens import IGNORE, ClassEncoder, Encoder, Row
+from pymend.engine.tokens import IGNORE, ClassEncoder, Encoder, Row
 
 HELD_OUT = 10  # one wording in so many is never shown
 POOL = 16  # batches that are drawn together and sorted by length, so that little is padded

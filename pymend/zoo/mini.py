@@ -32,9 +32,9 @@ from transformers.initialization import no_init_weights
 from pymend.data.builders.claims import statements
 from pymend.data.builders.questions import question_wordings
 from pymend.data.facts import Relation
+from pymend.engine.tokens import IGNORE, Batch, Encoder, Row
 from pymend.files import cache_dir, install, is_complete, read_json, write_json
-from pymend.models.lessons import Course, Lesson, Taught, Wordings, lessons
-from pymend.tokens import IGNORE, Batch, Encoder, Row
+from pymend.zoo.lessons import Course, Lesson, Taught, Wordings, lessons
 
 logger = logging.getLogger(__name__)
 

@@ -19,13 +19,13 @@ from transformers import (
 )
 
 from pymend.files import is_complete
-from pymend.models import mini, smollm2
+from pymend.zoo import mini, smollm2
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def load_model(
-    name: str, dtype: str = "auto", device: str | None = None
+def load(
+    name: str, *, dtype: str = "auto", device: str | None = None
 ) -> tuple[PreTrainedModel, Any]:
     """Load a decoder, an encoder-decoder or a classifier, in evaluation mode, and its tokenizer.
 

@@ -1,4 +1,4 @@
-"""Plain text tables and the greedy answers that go into them."""
+"""Plain text tables."""
 
 from __future__ import annotations
 
@@ -6,15 +6,6 @@ import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-import torch
-from transformers import PreTrainedModel
-
-from pymend.losses import class_logits
-from pymend.models import frozen
-from pymend.tokens import Batch, Encoder, Row
-
-GENERATE_TOGETHER = 16  # prompts in one call of generate
 
 
 def table(
@@ -83,46 +74,3 @@ def metrics_table(metrics: Mapping[str, Any], extra: Sequence[tuple[str, str]] =
     rows += [(what, value, "") for what, value in extra]
     rows.append(("peak memory", memory(metrics["peak_memory_bytes"]), ""))
     return table(("measure", "value", ""), rows)
-
-
-@torch.no_grad()
-def greedy(
-    model: PreTrainedModel, encoder: Encoder, prompts: Sequence[str], tokens: int
-) -> list[str]:
-    """The first line of the model's greedy answer to every prompt; a classifier's class."""
-    answers = []
-    for i in range(0, len(prompts), GENERATE_TOGETHER):
-        rows = [encoder.row(p) for p in prompts[i : i + GENERATE_TOGETHER]]
-        with frozen(model):
-            if rows[0].label is not None:
-                logits = class_logits(model(**Batch.of(rows, model.device).inputs).logits)
-                answers += [encoder.text(best) for best in logits.argmax(-1, keepdim=True)]
-            else:
-                answers += _generated(model, encoder, rows, tokens)
-    return answers
-
-
-def _generated(
-    model: PreTrainedModel, encoder: Encoder, rows: Sequence[Row], tokens: int
-) -> list[str]:
-    """The first line of what the model generates from every row, as far as its context goes."""
-    tokenizer, device = encoder.tokenizer, model.device
-    pad = tokenizer.eos_token_id or 0
-    if rows[0].source:
-        inputs = Batch.of(rows, device).inputs
-        given, start = {n: inputs[n] for n in ("input_ids", "attention_mask")}, 1
-    else:
-        # Padding on the left: what is generated follows the prompt at once.
-        start = max(len(r.ids) for r in rows)
-        ids = torch.tensor([[*[pad] * (start - len(r.ids)), *r.ids] for r in rows], device=device)
-        length = torch.tensor([[len(r.ids)] for r in rows], device=device)
-        mask = (torch.arange(start, device=device) >= start - length).long()
-        given = {"input_ids": ids, "attention_mask": mask}
-        tokens = min(tokens, encoder.limit - start) if encoder.limit else tokens
-        if tokens < 1:
-            return ["" for _ in rows]
-    out = model.generate(  # type: ignore[operator]
-        **given, do_sample=False, max_new_tokens=tokens, pad_token_id=pad
-    )
-    texts = tokenizer.batch_decode(out[:, start:], skip_special_tokens=True)
-    return [next(iter(text.strip().splitlines()), "") for text in texts]

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from pymend.losses import LabelRows, class_logits
-from pymend.models import EditedWeight, forwards, is_plain, lowest_block, stacks
-from pymend.tokens import Batch, Row, stacked
+from pymend.engine.hooks import forwards, is_plain
+from pymend.engine.losses import LabelRows, class_logits
+from pymend.engine.tokens import Batch, Row, stacked
+from pymend.models.structure import EditedWeight, lowest_block, stacks
 
 PASS_TOKENS = 64  # padding that costs a CPU about as much as another pass
 GROUP_TOKENS = 2048  # tokens of one prefix pass; more gains nothing, and memory grows

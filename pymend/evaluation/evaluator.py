@@ -17,26 +17,27 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pymend.algorithm import Algorithm, AnyEdit
-from pymend.capture import NonFiniteError
+from pymend.algorithms.base import Algorithm
 from pymend.config import EditRequest
-from pymend.edit import SAMPLES
-from pymend.evaluation.kept import Kept
+from pymend.edit import SAMPLES, BaseEdit
+from pymend.engine.hooks import frozen
+from pymend.engine.tokens import IGNORE, Batch, EncodedRequest, Encoder, Row
+from pymend.errors import NonFiniteError
 from pymend.evaluation.metrics import Metrics, RecordScores, mean
+from pymend.evaluation.partial import PartialScores
 from pymend.files import digest, digest_of_tensors
-from pymend.models import frozen
 from pymend.ops.token_losses import TokenLosses
-from pymend.tokens import IGNORE, Batch, EncodedRequest, Encoder, Row
 
 PPL_TOKENS = 256  # of the perplexity text, looked at under every edit
 
 
 @torch.no_grad()
 def evaluate(
-    algorithm: Algorithm,
+    algorithm: Algorithm[Any],
     model: nn.Module,
     tokenizer: Any,
     data: Sequence[EditRequest],
+    *,
     batch_size: int = 16,
     ppl_text: str | None = None,
     chat: bool = False,
@@ -74,16 +75,16 @@ def evaluate(
     if len(data) < n_edits:
         raise ValueError(f"{len(data)} records to evaluate; give at least {n_edits}")
     encoder = Encoder.for_model(model, tokenizer, chat)
-    algorithm.fit(model)
+    algorithm.prepare(model)
     algorithm.expect(n_edits)
     encoded = encoder.requests(data[: len(data) // n_edits * n_edits])
     size = batch_size if n_edits == 1 else n_edits
     text = None if ppl_text is None else _text_row(encoder, ppl_text)
-    done = Kept()
+    done = PartialScores()
     if kept is not None:
         settings = {"batch_size": size, "n_edits": n_edits, "text": text and list(text.ids)}
         of = _identity(algorithm, model) | {"records": digest({"rows": repr(encoded)})} | settings
-        done = Kept(Path(kept), of)
+        done = PartialScores(Path(kept), of)
     bar = tqdm(total=len(encoded), initial=len(done.scores), desc="evaluate", disable=not progress)
     with frozen(model), bar:
         for i in range(len(done.scores), len(encoded), size):
@@ -92,7 +93,7 @@ def evaluate(
             if n_edits > 1:
                 chunk = _disjoint(chunk)
             try:
-                look = _Look(algorithm, model, chunk, text, n_edits > 1)
+                look = ChunkScores(algorithm, model, chunk, text, n_edits > 1)
             except NonFiniteError:
                 _name_culprit(algorithm, model, chunk, i)
                 raise
@@ -116,7 +117,7 @@ def evaluate(
     )
 
 
-def _identity(algorithm: Algorithm, model: nn.Module) -> dict[str, Any]:
+def _identity(algorithm: Algorithm[Any], model: nn.Module) -> dict[str, Any]:
     """What tells this algorithm and this model, here, from others."""
     # A look at every tensor: a merged edit changes nearly all elements of some.
     values = {
@@ -160,12 +161,12 @@ def _text_row(encoder: Encoder, text: str) -> Row:
 
 
 def _name_culprit(
-    algorithm: Algorithm, model: nn.Module, chunk: Sequence[EncodedRequest], first: int
+    algorithm: Algorithm[Any], model: nn.Module, chunk: Sequence[EncodedRequest], first: int
 ) -> None:
     """Edit each record of ``chunk`` apart; name the one whose edit is not finite."""
     for number, record in enumerate(chunk, first):
         try:
-            _Look(algorithm, model, [record], None)
+            ChunkScores(algorithm, model, [record], None)
         except NonFiniteError as error:
             raise NonFiniteError(f"record {number}: {error}") from error
 
@@ -178,12 +179,12 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-class _Look:
+class ChunkScores:
     """A chunk of records, each edited alone or all at once, looked at before and after."""
 
     def __init__(
         self,
-        algorithm: Algorithm,
+        algorithm: Algorithm[Any],
         model: nn.Module,
         chunk: Sequence[EncodedRequest],
         text: Row | None,
@@ -205,7 +206,7 @@ class _Look:
 
         begin = time.perf_counter()
         self.replay.load(edits)
-        edit = algorithm.independent(self.replay, edits, joint)
+        edit = algorithm.compute(self.replay, edits, joint)
         self.edit_seconds = time.perf_counter() - begin
 
         texts = [text] if text else []
@@ -225,7 +226,7 @@ class _Look:
         else:  # a class is no token: a classifier has no perplexity
             self.texts = nothing
 
-    def _look(self, edit: AnyEdit, groups: Sequence[Sequence[Row]]) -> list[list[_RowLook]]:
+    def _look(self, edit: BaseEdit, groups: Sequence[Sequence[Row]]) -> list[list[_RowLook]]:
         """Run equal groups of rows unedited and each under its own edit."""
         rows = [row for group in groups for row in group]
         batch = Batch.of(rows, self.replay.device)

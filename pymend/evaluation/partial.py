@@ -13,7 +13,7 @@ from pymend.evaluation.metrics import RecordScores
 from pymend.files import replacing, writable_dir
 
 
-class Kept:
+class PartialScores:
     """The scores so far, and what they took.
 
     With a ``path`` they are also in that file: JSON Lines, first what they are ``of``, then a line

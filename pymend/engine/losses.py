@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pymend.engine.tokens import IGNORE
 from pymend.ops.head_losses import head_losses
 from pymend.ops.token_losses import TokenLosses, eager, token_losses
-from pymend.tokens import IGNORE
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Continuations sampled from a language model, each from a random stream of its own."""
+"""What a model says: greedy answers, and continuations drawn from a random stream of their own."""
 
 from __future__ import annotations
 
@@ -8,14 +8,59 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import LogitsProcessor
+from transformers import LogitsProcessor, PreTrainedModel
 
-from pymend.models import frozen
-from pymend.tokens import Encoder
+from pymend.engine.hooks import frozen
+from pymend.engine.losses import class_logits
+from pymend.engine.tokens import Batch, Encoder, Row
 
 TOP = 50  # likeliest tokens of which one is drawn: the default of transformers, too
-TOGETHER = 32  # prompts in one pass
+TOGETHER = 32  # prompts that are sampled in one pass
+ANSWERED_TOGETHER = 16  # prompts in one call of generate
 ATTEMPTS = 8  # samples that may fail to read back before a prompt is given up
+
+
+@torch.no_grad()
+def greedy(
+    model: PreTrainedModel, encoder: Encoder, prompts: Sequence[str], tokens: int
+) -> list[str]:
+    """The first line of the model's greedy answer to every prompt; a classifier's class."""
+    answers = []
+    for i in range(0, len(prompts), ANSWERED_TOGETHER):
+        rows = [encoder.row(p) for p in prompts[i : i + ANSWERED_TOGETHER]]
+        with frozen(model):
+            if rows[0].label is not None:
+                logits = class_logits(model(**Batch.of(rows, model.device).inputs).logits)
+                answers += [encoder.text(best) for best in logits.argmax(-1, keepdim=True)]
+            else:
+                answers += _generated(model, encoder, rows, tokens)
+    return answers
+
+
+def _generated(
+    model: PreTrainedModel, encoder: Encoder, rows: Sequence[Row], tokens: int
+) -> list[str]:
+    """The first line of what the model generates from every row, as far as its context goes."""
+    tokenizer, device = encoder.tokenizer, model.device
+    pad = tokenizer.eos_token_id or 0
+    if rows[0].source:
+        inputs = Batch.of(rows, device).inputs
+        given, start = {n: inputs[n] for n in ("input_ids", "attention_mask")}, 1
+    else:
+        # Padding on the left: what is generated follows the prompt at once.
+        start = max(len(r.ids) for r in rows)
+        ids = torch.tensor([[*[pad] * (start - len(r.ids)), *r.ids] for r in rows], device=device)
+        length = torch.tensor([[len(r.ids)] for r in rows], device=device)
+        mask = (torch.arange(start, device=device) >= start - length).long()
+        given = {"input_ids": ids, "attention_mask": mask}
+        tokens = min(tokens, encoder.limit - start) if encoder.limit else tokens
+        if tokens < 1:
+            return ["" for _ in rows]
+    out = model.generate(  # type: ignore[operator]
+        **given, do_sample=False, max_new_tokens=tokens, pad_token_id=pad
+    )
+    texts = tokenizer.batch_decode(out[:, start:], skip_special_tokens=True)
+    return [next(iter(text.strip().splitlines()), "") for text in texts]
 
 
 @torch.no_grad()

@@ -8,8 +8,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from pymend.algorithms.mend.moments import RunningMoments
 from pymend.config import MendConfig
-from pymend.editor.moments import RunningMoments
 from pymend.ops.apply_edit import Group
 from pymend.ops.editor_stream import Layer, editor_stream
 from pymend.ops.moments import joined

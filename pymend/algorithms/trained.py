@@ -16,10 +16,13 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from pymend.algorithm import Algorithm, AnyEdit
-from pymend.capture import Factors, capture
+from pymend.algorithms.base import Algorithm, E
 from pymend.config import EditorConfig, TrainConfig, from_json, to_json
 from pymend.edit import fingerprint
+from pymend.engine.capture import Factors, capture
+from pymend.engine.losses import LabelRows, mean_of_seen
+from pymend.engine.replay import Replay
+from pymend.engine.tokens import Batch, Row
 from pymend.files import (
     digest,
     digest_of_tensors,
@@ -29,15 +32,12 @@ from pymend.files import (
     write_json,
     write_tensors,
 )
-from pymend.losses import LabelRows, mean_of_seen
-from pymend.models import EditedWeight, find_weights, weight_of
-from pymend.replay import Replay
-from pymend.tokens import Batch, Row
+from pymend.models.structure import EditedWeight, find_weights, weight_of
 
-A = TypeVar("A", bound="Trainable")
+A = TypeVar("A", bound="Trainable[Any]")
 
 
-class Trainable(Algorithm):
+class Trainable(Algorithm[E]):
     """An algorithm with an editor: parameters that ``Trainer`` fits.
 
     Build one with :meth:`from_config` and train it, or load one with :meth:`from_pretrained`. The
@@ -72,8 +72,11 @@ class Trainable(Algorithm):
         self.model_fingerprint = ""  # of the model it was trained on; only warns
 
     @classmethod
-    def from_config(cls: type[A], model: nn.Module, config: EditorConfig | None = None) -> A:
+    def from_config(cls: type[A], model: nn.Module, config: Any = None, **_: Any) -> A:
         """An untrained editor for ``model``, on its device.
+
+        Args:
+            config: an :class:`EditorConfig` of this kind.
 
         Raises:
             ValueError: the configuration names weights that do not exist or cannot be edited.
@@ -105,9 +108,7 @@ class Trainable(Algorithm):
         return [(rest, config.lr), *own]
 
     @abstractmethod
-    def differentiable(
-        self, replay: Replay, rows: Sequence[Row], episodes: int, merge: bool
-    ) -> AnyEdit:
+    def differentiable(self, replay: Replay, rows: Sequence[Row], episodes: int, merge: bool) -> E:
         """Independent edits, one an episode, through which gradients reach the editor.
 
         Args:
@@ -140,7 +141,7 @@ class Trainable(Algorithm):
         for w in self.weights:
             weight_of(model, w)
 
-    def fit(self, model: nn.Module) -> str:
+    def prepare(self, model: nn.Module) -> str:
         """Move the editor to ``model``'s device; return the model's fingerprint.
 
         Warns if the editor was trained on other values of the edited weights.

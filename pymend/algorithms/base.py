@@ -8,37 +8,27 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
 
 from pymend.config import EditRequest
-from pymend.edit import Outcome
-from pymend.losses import hits_rows, mean_of_seen
-from pymend.models import EditedWeight, frozen
-from pymend.replay import Replay
-from pymend.tokens import Batch, Encoder, Row
+from pymend.edit import BaseEdit, Outcome
+from pymend.engine.hooks import frozen
+from pymend.engine.losses import hits_rows, mean_of_seen
+from pymend.engine.replay import Replay
+from pymend.engine.tokens import Batch, Encoder, Row
+from pymend.models.structure import EditedWeight
+
+E = TypeVar("E", bound=BaseEdit)
+A = TypeVar("A", bound="Algorithm[Any]")
 
 
-class AnyEdit(Protocol):
-    """One edit, or several independent ones side by side; ``pymend.Edit`` is the low-rank kind."""
+class Algorithm(ABC, Generic[E]):
+    """Computes edits of the kind ``E`` for the facts it is asked to change.
 
-    outcomes: tuple[Outcome, ...]
-    fingerprint: str
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Any:
-        """One of several independent edits."""
-
-    def applied(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
-        """``model`` acts edited inside the block, and is as before after it."""
-
-
-class Algorithm(ABC):
-    """Computes edits for the facts it is asked to change. The model is never changed or kept.
+    The model is never changed or kept.
 
     ``weights``: the matrices it edits; whatever lies below them is the same before and after an
     edit. ``n_edits``: the simultaneous edits it was trained for; None if it was not.
@@ -47,8 +37,28 @@ class Algorithm(ABC):
     weights: tuple[EditedWeight, ...]
     n_edits: int | None = None
 
+    @classmethod
     @abstractmethod
-    def fit(self, model: nn.Module) -> str:
+    def from_config(
+        cls: type[A],
+        model: nn.Module,
+        config: Any = None,
+        *,
+        tokenizer: Any = None,
+        train_data: Sequence[EditRequest] = (),
+        chat: bool = False,
+    ) -> A:
+        """This algorithm for ``model``, with settings of its own kind; untrained.
+
+        Args:
+            tokenizer, train_data, chat: for what draws rows from training data, as FT+KL does.
+
+        Raises:
+            ValueError: the settings do not fit the model, or lack what they need.
+        """
+
+    @abstractmethod
+    def prepare(self, model: nn.Module) -> str:
         """Get ready for ``model``, on its device; its fingerprint.
 
         Raises:
@@ -56,7 +66,7 @@ class Algorithm(ABC):
         """
 
     @abstractmethod
-    def independent(self, replay: Replay, rows: Sequence[Row], joint: bool = False) -> AnyEdit:
+    def compute(self, replay: Replay, rows: Sequence[Row], joint: bool = False) -> E:
         """One edit for each of ``rows``, or one for all of them if ``joint``.
 
         Args:
@@ -87,9 +97,11 @@ class Algorithm(ABC):
         self,
         model: nn.Module,
         tokenizer: Any,
-        requests: EditRequest | Sequence[EditRequest],
+        requests: str | EditRequest | Sequence[EditRequest],
+        target: str | None = None,
+        *,
         chat: bool = False,
-    ) -> Any:
+    ) -> E:
         """One edit for one or several facts at once.
 
         Sequential editing is the same call on a model that already has edits applied or merged.
@@ -97,7 +109,8 @@ class Algorithm(ABC):
         Args:
             model: it is not changed.
             tokenizer: the model's own.
-            requests: only ``prompt`` and ``target`` of each are used.
+            requests: a prompt, whose new answer is ``target``; or requests, of which only
+                ``prompt`` and ``target`` are used.
             chat: put prompts through the tokenizer's chat template.
 
         Returns:
@@ -105,48 +118,68 @@ class Algorithm(ABC):
 
         Raises:
             ValueError: no request, one that cannot be tokenised, or a model that does not fit.
+            TypeError: a prompt without a target, or a target beside requests.
         """
-        requests = [requests] if isinstance(requests, EditRequest) else list(requests)
-        return self._edit(model, tokenizer, requests, joint=True, chat=chat)
+        return self._edit(model, tokenizer, _listed(requests, target), joint=True, chat=chat)
 
     def edit_many(
         self,
         model: nn.Module,
         tokenizer: Any,
         requests: Sequence[EditRequest],
+        *,
         chat: bool = False,
-    ) -> Any:
+    ) -> E:
         """Independent edits of ``model``, one for each request, computed in one pass.
 
         Returns:
             An edit that holds them side by side: ``edit[i]`` is the one of ``requests[i]``.
 
         Raises:
-            ValueError: as :meth:`edit`.
+            ValueError, TypeError: as :meth:`edit`.
         """
-        return self._edit(model, tokenizer, list(requests), joint=False, chat=chat)
+        return self._edit(model, tokenizer, _listed(requests, None), joint=False, chat=chat)
 
     def _edit(
         self, model: nn.Module, tokenizer: Any, requests: list[EditRequest], joint: bool, chat: bool
-    ) -> AnyEdit:
+    ) -> E:
         if not requests:
             raise ValueError("no request to edit; give at least one")
         if joint:
             self.expect(len(requests))
         encoder = Encoder.for_model(model, tokenizer, chat)
         rows = [encoder.row(r.prompt, r.target) for r in requests]
-        known = self.fit(model)
+        known = self.prepare(model)
         with frozen(model):
             replay = self.replay(model)
             replay.load(rows)
-            edit = self.independent(replay, rows, joint)
+            edit = self.compute(replay, rows, joint)
             edit.outcomes = _outcomes(replay, edit, requests, rows, encoder)
         edit.fingerprint = known
         return edit
 
 
+def _listed(
+    requests: str | EditRequest | Sequence[EditRequest], target: str | None
+) -> list[EditRequest]:
+    """The requests of a call, however they were given.
+
+    Raises:
+        TypeError: what :meth:`Algorithm.edit` says.
+    """
+    if isinstance(requests, str) and isinstance(target, str):
+        return [EditRequest(requests, target)]
+    if isinstance(requests, str) or target is not None:
+        raise TypeError('name a fact as edit(model, tokenizer, "prompt", "target"), or by requests')
+    listed = [requests] if isinstance(requests, EditRequest) else list(requests)
+    for request in listed:
+        if not isinstance(request, EditRequest):
+            raise TypeError(f"{request!r} is no EditRequest; give EditRequest(prompt, target)")
+    return listed
+
+
 def _outcomes(
-    replay: Replay, edit: AnyEdit, requests: list[EditRequest], rows: list[Row], encoder: Encoder
+    replay: Replay, edit: BaseEdit, requests: list[EditRequest], rows: list[Row], encoder: Encoder
 ) -> tuple[Outcome, ...]:
     """Look at every request before and after the edit."""
     batch = Batch.of(rows, replay.device)

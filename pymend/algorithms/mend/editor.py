@@ -8,9 +8,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from pymend.algorithms.mend.network import EditorNet
 from pymend.config import MendConfig
-from pymend.editor.network import EditorNet
-from pymend.models import EditedWeight
+from pymend.models.structure import EditedWeight
 from pymend.ops.apply_edit import Group
 
 __all__ = ["Editor", "EditorNet"]

@@ -7,7 +7,7 @@ delta, and nothing else: no weight gradient, and nothing below the lowest probe.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -15,13 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.linalg import vector_norm
 
-from pymend.models import EditedWeight, weight_of
+from pymend.engine.hooks import first_input
+from pymend.errors import NonFiniteError
+from pymend.models.structure import EditedWeight, weight_of
 
 HALF_SCALE = 2.0**10  # keeps small float16 deltas above underflow; a power of two, so exact
-
-
-class NonFiniteError(ValueError):
-    """Gradients or factors that are not finite: nothing can be made of the edit they belong to."""
 
 
 @dataclass(frozen=True)
@@ -142,8 +140,3 @@ def capture(
     finally:
         for handle in handles:
             handle.remove()
-
-
-def first_input(args: Sequence[Tensor], kwargs: Mapping[str, Tensor]) -> Tensor:
-    """The input of a linear layer, however it was passed."""
-    return args[0] if args else next(iter(kwargs.values()))

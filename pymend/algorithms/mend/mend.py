@@ -13,17 +13,17 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from pymend.capture import Factors
+from pymend.algorithms.mend.editor import Editor
+from pymend.algorithms.trained import Trainable, edit_gradient
 from pymend.config import MendConfig, TrainConfig
 from pymend.edit import Edit, LowRank
-from pymend.editor import Editor
-from pymend.models import EditedWeight
-from pymend.replay import Replay
-from pymend.tokens import Row, stacked
-from pymend.trainable import Trainable, edit_gradient
+from pymend.engine.capture import Factors
+from pymend.engine.replay import Replay
+from pymend.engine.tokens import Row, stacked
+from pymend.models.structure import EditedWeight
 
 
-class Mend(Trainable):
+class Mend(Trainable[Edit]):
     """A MEND editor: the weights it edits, its networks and step sizes.
 
     Build one with :meth:`from_config` and train it with ``Trainer``, or load one with
@@ -107,7 +107,7 @@ class Mend(Trainable):
         return edit
 
     @torch.no_grad()
-    def independent(self, replay: Replay, rows: Sequence[Row], joint: bool = False) -> Edit:
+    def compute(self, replay: Replay, rows: Sequence[Row], joint: bool = False) -> Edit:
         """One edit for each of ``rows``, or one for all of them if ``joint``; nothing is trained.
 
         Raises:

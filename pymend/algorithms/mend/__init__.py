@@ -1,0 +1,1 @@
+"""MEND: the algorithm, its network, its running moments."""

@@ -1,0 +1,1 @@
+"""How a model is run: tokens, hooks, the frozen prefix, captured factors, losses, answers."""

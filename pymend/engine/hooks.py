@@ -1,0 +1,107 @@
+"""The one room in which a model is hooked or patched; nothing stays behind, come what may."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, TypeGuard, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from pymend.ops.products import frozen_linear
+
+
+@contextmanager
+def forward_hooks(model: nn.Module, hooks: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    """Let the module of each name run its hook on (module, args, kwargs, output) inside."""
+    with ExitStack() as stack:
+        for name, hook in hooks.items():
+            module = model.get_submodule(name)
+            stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+        yield
+
+
+def first_input(args: Sequence[Tensor], kwargs: Mapping[str, Tensor]) -> Tensor:
+    """The input of a linear layer, however it was passed."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, no parameter gradients and fast products inside; as before afterwards.
+
+    Inference mode is lifted, since capture differentiates; whether gradients are recorded is not.
+    """
+    recording = torch.is_grad_enabled()
+    modules = list(model.modules())
+    training = [m for m in modules if m.training]
+    parameters = (p for m in modules for p in m._parameters.values())  # one walk of the model
+    wanted = [p for p in parameters if p is not None and p.requires_grad]
+    try:
+        for module in training:
+            module.training = False
+        for parameter in wanted:
+            parameter.requires_grad_(False)
+        fast = forwards(_frozen_layers(modules))
+        with torch.inference_mode(False), torch.set_grad_enabled(recording), fast:
+            yield
+    finally:
+        for module in training:
+            module.training = True
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+
+
+def _frozen_layers(modules: Sequence[nn.Module]) -> dict[nn.Module, Callable[..., Any]]:
+    """Another way on a CPU to compute plain linear layers; subclasses and wrapped ones stay."""
+    ways: dict[type, Callable[..., Any]] = {nn.Linear: _linear, Conv1D: _conv1d}
+    layers: dict[nn.Module, Callable[..., Any]] = {}
+    for module in modules:
+        way = ways.get(type(module))
+        if way is None or "forward" in vars(module):
+            continue
+        if cast(torch.Tensor, module.weight).device.type == "cpu":
+            layers[module] = partial(way, module)
+    return layers
+
+
+def _linear(module: nn.Linear, input: torch.Tensor) -> torch.Tensor:
+    return frozen_linear(input, module.weight, module.bias)
+
+
+def _conv1d(module: Conv1D, x: torch.Tensor) -> torch.Tensor:
+    return frozen_linear(x, module.weight.t(), module.bias)
+
+
+def is_plain(module: nn.Module | None) -> TypeGuard[nn.Linear]:
+    """Whether ``module`` computes x W^T + b and no one watches: no hook, wrapper or odd weight."""
+    if type(module) is not nn.Linear or type(module.weight) is not nn.Parameter:
+        return False
+    hooks = (
+        module._forward_pre_hooks,
+        module._forward_hooks,
+        module._backward_pre_hooks,
+        module._backward_hooks,
+    )
+    forward = vars(module).get("forward")
+    own = forward is None or getattr(forward, "func", None) is _linear  # set by ``frozen``
+    return own and not any(hooks)
+
+
+@contextmanager
+def forwards(methods: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Let every module run the given function; their own methods come back at the end."""
+    former = {module: vars(module).get("forward") for module in methods}
+    try:
+        for module, forward in methods.items():
+            module.forward = forward  # type: ignore[method-assign]
+        yield
+    finally:
+        for module, method in former.items():
+            if method is None:
+                vars(module).pop("forward", None)
+            else:
+                module.forward = method  # type: ignore[method-assign]
