@@ -55,13 +55,14 @@ class Public(SphinxDirective):
 class SettingsOf(SphinxDirective):
     """A table of the fields of a configuration: flag, default, meaning."""
 
-    required_arguments = 1
+    required_arguments, optional_arguments = 1, 1  # the second: plain, names without "--"
 
     def run(self) -> list[nodes.Node]:
         from pymend import config
 
         lines = [".. list-table::", "   :header-rows: 1", "   :widths: 25 20 55", ""]
-        rows = [("flag", "default", "")]
+        sign = "" if self.arguments[1:] == ["plain"] else "--"
+        rows = [("flag" if sign else "setting", "default", "")]
         for field in dataclasses.fields(getattr(config, self.arguments[0])):
             default = " ".join(field.default) if field.type.startswith("tuple") else field.default
             shown = f"``{default}``" if default != "" else ""
@@ -85,6 +86,14 @@ def entry(name: str, value: Any) -> list[str]:
     return [f".. py:data:: pymend.{name}", f"   :type: {type(value).__name__}", ""]
 
 
+def whole_returns(_app: Sphinx, _what: str, _name: str, *rest: Any) -> None:
+    """Napoleon would take the text before a colon in "Returns" for a type; ours is in the hint."""
+    lines = rest[-1]
+    for i in range(1, len(lines)):
+        if lines[i - 1].strip() == "Returns:":
+            lines[i] = re.sub(r"^(\s*)", r"\1: ", lines[i])
+
+
 def stands_alone(app: Sphinx, page: str, source: list[str]) -> None:
     """The pages of the single tables are reached from the page of results, not by the menu."""
     if re.fullmatch(r"results/[^/]+/[^/]+", page):
@@ -96,4 +105,5 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("public-names", Public)
     app.add_directive("settings-of", SettingsOf)
     app.connect("source-read", stands_alone)
+    app.connect("autodoc-process-docstring", whole_returns, priority=400)  # before Napoleon
     return {"parallel_read_safe": True}

@@ -121,8 +121,8 @@ def lines_of(language: str, text: str) -> list[str]:
 
 
 def run_command(words: list[str]) -> None:
-    """Run ``pymend words`` if it edits, evaluates or trains; of others look at the flags only."""
-    if words[0] not in ("edit", "eval", "train"):
+    """Run ``pymend words`` if that takes seconds; else look at the flags only."""
+    if words[0] not in ("edit", "eval", "train") and words[:2] != ["models", "list"]:
         check_flags(words)
         return
     small = SMALL if words[0] == "train" else []
