@@ -197,7 +197,8 @@ def editor_mlp(sizes: Sizes) -> Iterator[Case]:
 
                 def layer(function: Any) -> list[Tensor]:
                     with torch.set_grad_enabled(backward):
-                        y = function(*leaves, mode, True)
+                        x, *parameters = leaves
+                        y = function(x, [module.Layer(*parameters, residual=True)], mode)
                         if not backward:
                             return [y]
                         return list(torch.autograd.grad(y, leaves, grad))
@@ -214,49 +215,6 @@ def editor_mlp(sizes: Sizes) -> Iterator[Case]:
             flops = passes * 4 * rows * width * rank
             # A row whose sum rounds to the other side of 0 has another gradient.
             yield Case(label, make, size, passes * size, flops, 1e-2 if backward else 1e-4)
-
-
-@op
-def editor_stream(sizes: Sizes) -> Iterator[Case]:
-    """Both layers for few rows, forward; torch: four products and their epilogues."""
-    module = present()["editor_stream"]
-    for model, (d, f) in SHAPES.items():
-        width, rank = sizes.of(d) + sizes.of(f), sizes.of(RANK)
-        for dtype in (torch.bfloat16, torch.float32):
-            for rows in (8, 32, module.MOST_ROWS):
-
-                def make(
-                    seed: int,
-                    width: int = width,
-                    rank: int = rank,
-                    rows: int = rows,
-                    dtype: torch.dtype = dtype,
-                ) -> Operands:
-                    torch.manual_seed(seed)
-
-                    def layer() -> Any:
-                        v = sizes.randn(rank, width) / width**0.5
-                        u = sizes.randn(width, rank) / rank**0.5
-                        bias, shift = 0.1 * sizes.randn(width), 0.1 * sizes.randn(3, width)
-                        scale = 1 + 0.1 * sizes.randn(3, width)
-                        of = (t.to(dtype) for t in (v, u, bias, scale, shift))
-                        return module.Layer(*of, residual=True)
-
-                    x, layers = sizes.randn(rows, width, dtype=dtype), [layer(), layer()]
-                    mode = torch.arange(rows, device=sizes.device) % 3
-
-                    def stack(function: Any) -> list[Tensor]:
-                        return [function(x, layers, mode)]
-
-                    eager, own = (partial(stack, g) for g in (module.eager, module.editor_stream))
-                    rivals = {"torch": eager, "torch graph": eager, "ours": own, OURS: own}
-                    return Operands([], rivals)
-
-                size = 4 * width * rank * dtype.itemsize
-                label = {"op": "editor_stream", "model": model, "N": rows, "dtype": _name(dtype)}
-                flops = 8 * rows * width * rank
-                tolerance = 2e-2 if dtype.itemsize == 2 else 1e-4
-                yield Case(label, make, size, size, flops, tolerance)
 
 
 @op

@@ -126,15 +126,16 @@ def test_editor_mlp(_emu):
     scale[1, -5:] = -2
     mode = torch.ones(rows, dtype=torch.int64)
     last = slice(None), slice(-5, None)
-    operands = bias[-5:], scale[last], shift[last], mode[-3:]
+    whole = editor_mlp_op.Layer(bias, bias, bias, scale, shift, residual=True)  # without a product
+    part = whole._replace(bias=bias[-5:], scale=scale[last], shift=shift[last])
     with pytest.MonkeyPatch.context() as patch:
         # Results of the same size, where the bindings' helpers would fill them.
         patch.setattr(torch, "full_like", lambda t, _: reserved(*t.shape))
-        y = editor_mlp(x, p, bias, scale, shift, mode, block=64, order="last")
-        grads = editor_mlp_backward(grad, p, bias, scale, shift, mode, block=32, order="last")
-    wanted = editor_mlp_op._torch_epilogue(*corner[:2], *operands)
+        y = editor_mlp(x, p, whole, mode, block=64, order="last")
+        grads = editor_mlp_backward(grad, p, whole, mode, block=32, order="last")
+    wanted = editor_mlp_op._torch_epilogue(*corner[:2], part, mode[-3:])
     assert torch.equal(y[CORNER], wanted)
-    wanted = editor_mlp_op._torch_epilogue_backward(corner[2], corner[1], *operands)
+    wanted = editor_mlp_op._torch_epilogue_backward(*corner[:0:-1], part, mode[-3:])
     assert torch.equal(grads[0][CORNER], wanted[0])
     # All other rows are zero, and their gradients add nothing.
     torch.testing.assert_close(grads[1][-5:], wanted[1])
