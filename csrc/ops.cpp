@@ -30,7 +30,7 @@ STABLE_TORCH_LIBRARY(pymend, m) {
   m.def("editor_mlp_backward(Tensor grad, Tensor p, Tensor bias, Tensor? scale, Tensor? shift, Tensor mode) "
         "-> (Tensor, Tensor, Tensor, Tensor)");
 
-  // Adam's step number `step` (from 1) on param, in place, for the gradient scale * left^T right, which is not stored.
+  // Adam's step number `step` (from 1) on param, in place, for the gradient scale * left^T right, which is not stored; CPU only.
   //   param, exp_avg, exp_avg_sq: [rows, cols]; left: [n, rows], right: [n, cols]; scale: [] (the clip factor)
   //   all float32, contiguous, not overlapping
   m.def(

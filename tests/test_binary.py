@@ -38,7 +38,6 @@ REGISTERS = {
     "editor_mlp_kernel": {"*": 64},
     "editor_mlp_backward_kernel": {"*": 64},
     "editor_mlp_bias_kernel": {"*": 40},
-    "factored_adam_kernel": {"*": 128},
     "token_losses_kernel": {"d": 128, "*": 80},
     "token_losses_backward_kernel": {"d": 80, "*": 48},
 }

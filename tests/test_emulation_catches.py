@@ -52,10 +52,10 @@ FAULTS = {
 }
 MORE_FAULTS = {
     "stage of a product overwritten while it is read": Fault(
-        "factored_adam", OUTER_TILE, "    stage ^= 1;", "    stage ^= 0;"
+        "rank_update", OUTER_TILE, "    stage ^= 1;", "    stage ^= 0;"
     ),
     "first row past the end of a factor": Fault(
-        "factored_adam", OUTER_TILE, "i * STEP < below", "i * STEP <= below"
+        "rank_update", OUTER_TILE, "i * STEP < below", "i * STEP <= below"
     ),
     "weights of the next tile not read ahead": Fault(
         "rank_update", RANK_UPDATE_MMA, "if (turn + 1 < strip) {", "if (turn + 2 < strip) {"

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from pymend import _lib
 from pymend.ops import editor_mlp as editor_mlp_op
-from pymend.ops import factored_adam as factored_adam_op
 from pymend.ops import moments as moments_op
 from pymend.ops import rank_update as rank_update_op
 from pymend.ops import token_losses as token_losses_op
@@ -94,24 +93,6 @@ def test_rank_update(_emu, way, seeded):
 def first_difference(actual: Tensor, wanted: Tensor) -> str | None:
     bad = (actual != wanted).nonzero()
     return f"{bad[0].tolist()}: {actual} against {wanted}" if len(bad) else None
-
-
-@linux
-def test_factored_adam(_emu):
-    """Element beyond 2^31 of the parameter and of both moments."""
-    matrices = [beyond(reserved(2**15 + 9, 2**16 + 5)) for _ in range(3)]
-    rows, cols = matrices[0].shape
-    left, right, scale = torch.randn(3, rows), torch.randn(3, cols), torch.tensor(0.5)
-    for x in matrices:
-        x[CORNER] = torch.rand(3, 5)
-    expected = [x[CORNER].clone() for x in matrices]
-    settings = (1e-2, 0.9, 0.999, 1e-8, 3)
-    factored_adam_op.eager(*expected, left[:, -3:], right[:, -5:], scale, *settings)
-    pointers = tuple(t.data_ptr() for t in (*matrices, left, right, scale))
-    _emu.factored_adam((*pointers, rows, cols, 3), *settings, block=256, order="last")
-    for x, wanted in zip(matrices, expected, strict=True):
-        torch.testing.assert_close(x[CORNER], wanted)
-    assert not matrices[0][-12].any() and not matrices[0][:3].any()
 
 
 @linux

@@ -34,7 +34,6 @@ PYBIND11_MODULE(_emu, m) {
   namespace py = pybind11;
   using namespace pymend;
   emu::bind_editor_mlp(m);
-  emu::bind_factored_adam(m);
   emu::bind_moments(m);
   emu::bind_rank_update(m);
   emu::bind_token_losses(m);

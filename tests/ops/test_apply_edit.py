@@ -460,12 +460,12 @@ def test_groups_that_do_not_fit(way):
         ({"modes": torch.tensor([0])}, r"int64 \[1\], expected int64 \[2\]"),
         ({"count": torch.tensor(0)}, "count of .* is 0"),
         ({"mean": first.mean[1:]}, r"mean has shape \[52\]"),
-        ({"joint": (replace(layer, bias=layer.bias[1:]),)}, r"bias has shape \[52\]"),
+        ({"joint": (layer._replace(bias=layer.bias[1:]),)}, r"bias has shape \[52\]"),
     ):
         refused(case, ValueError, message, way, [replace(first, **change), *others])
     swapped = [replace(first, places=(0, 1)), replace(others[0], places=(2,)), *others[1:]]
     refused(case, ValueError, r"holds weights\[1\] \[20, 33\] beside weights\[0\]", way, swapped)
-    layer = replace(layer, bias=layer.bias.double())
+    layer = layer._replace(bias=layer.bias.double())
     refused(case, TypeError, "bias", way, [replace(first, joint=(layer,)), *others])
 
 
