@@ -30,7 +30,7 @@ def fused_rows(param: Tensor) -> int:
 
 
 def gram_norm(left: Tensor, right: Tensor) -> Tensor:
-    """|left^T right| (Frobenius) without the product: sqrt(sum((A A^T) * (B B^T))).
+    """``|left^T right|`` (Frobenius) without the product: sqrt(sum((A A^T) * (B B^T))).
 
     Where rows cancel, or their squares leave the range of float32, the Gram matrices are formed
     again in float64: a small sum of large terms has no digits left in float32.

@@ -3,9 +3,10 @@
 A new op adds one function here, named after its module in ``pymend/ops``. It yields cases whose
 rivals are, in this order: torch's way, the same as a graph, ours, ours as a graph. "ours graph"
 must not wait for the device and must run on the caller's stream: the stage ``stream`` checks both.
+From ``benchmarks/``:
 
-    python benchmarks/gpu_ops.py --tiny [--cpu]     # every op once at small sizes, for sanitizers
-    python benchmarks/gpu_ops.py --profile [--cpu]  # "ours graph" at full size, for ncu
+    python -m gpu.ops --tiny [--cpu]     # every op once at small sizes, for sanitizers
+    python -m gpu.ops --profile [--cpu]  # "ours graph" at full size, for ncu
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import gpu_run
 import torch
-from gpu_run import Case, Device, Operands, Run, Skipped, compare_all, error
 from torch import Tensor
+
+from gpu import measure
+from gpu.measure import Case, Device, Operands, Run, Skipped, compare_all, error
 
 OURS = "ours graph"
 SHAPES = {"GPT-J 6B": (4096, 16384), "GPT-2 small": (768, 3072)}  # d, f of three blocks' MLPs
@@ -246,7 +248,7 @@ def token_losses(sizes: Sizes) -> Iterator[Case]:
 @op
 def apply_edit(sizes: Sizes) -> Iterator[Case]:
     """The whole edit of GPT-2's six matrices; torch: all rows of a shape together, ``addmm_``."""
-    import gpu_edit
+    from gpu import edit as gpu_edit
 
     module, model = present()["apply_edit"], "GPT-2 small"
     dry = sizes.shrink > 1
@@ -304,7 +306,7 @@ def ceilings(run: Run) -> None:
     n, elements = (64, 2**16) if run.dry else (8192, 2**30)
     source = torch.randn(elements, device=device.name)
     target = torch.empty_like(source)
-    copy = gpu_run.timed(device, {"copy": [partial(target.copy_, source)]})["copy"]
+    copy = measure.timed(device, {"copy": [partial(target.copy_, source)]})["copy"]
     run.save(copy=2 * source.nbytes / copy["seconds"], spreads={})
     del source, target
     device.free()
@@ -318,7 +320,7 @@ def ceilings(run: Run) -> None:
         left, right = a.to(dtype), b.to(dtype)
         torch.set_float32_matmul_precision(precision)
         try:
-            result = gpu_run.timed(device, {name: [partial(torch.matmul, left, right)]})[name]
+            result = measure.timed(device, {name: [partial(torch.matmul, left, right)]})[name]
         finally:
             torch.set_float32_matmul_precision(former)
         spreads = {**run.data["spreads"], name: result["spread"]}
@@ -388,7 +390,7 @@ def sanitizers(run: Run) -> None:
     tool = None if run.dry else shutil.which("compute-sanitizer")
     if not (tool or run.dry):
         raise Skipped("compute-sanitizer was not found")
-    script = [sys.executable, "benchmarks/gpu_ops.py", "--tiny", *["--cpu"] * run.dry]
+    script = [sys.executable, "-m", "gpu.ops", "--tiny", *["--cpu"] * run.dry]
 
     def check(name: str) -> None:
         prefix = [tool, "--tool", name, "--error-exitcode", "9"] if tool else []
@@ -397,7 +399,7 @@ def sanitizers(run: Run) -> None:
         logged = replace(run, stage=name)
         logged.command(*prefix, *script, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
 
-    names = gpu_run.SANITIZERS[: 1 if run.dry else None]
+    names = measure.SANITIZERS[: 1 if run.dry else None]
     with ThreadPoolExecutor() as pool:
         checks = {name: pool.submit(check, name) for name in names}
         for name, done in checks.items():
@@ -423,7 +425,7 @@ def counters(run: Run) -> None:
     tool = None if run.dry else shutil.which("ncu")
     if not (tool or run.dry):
         raise Skipped("ncu was not found")
-    script = [sys.executable, "benchmarks/gpu_ops.py", "--profile", *["--cpu"] * run.dry]
+    script = [sys.executable, "-m", "gpu.ops", "--profile", *["--cpu"] * run.dry]
     prefix = (
         [tool, "--clock-control", "none", "--profile-from-start", "off", "--csv"] if tool else []
     )
@@ -471,5 +473,5 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    gpu_run.stand_in_for_transformers()
+    measure.stand_in_for_transformers()
     main(sys.argv[1:])
