@@ -386,6 +386,6 @@ def _differences(a: dict[str, Any], b: dict[str, Any]) -> tuple[str, str]:
 def _step_of(line: str) -> float:
     """The step that a line of ``metrics.jsonl`` is about; infinity for a torn one."""
     try:
-        return json.loads(line)["step"]
+        return float(json.loads(line)["step"])
     except ValueError:
         return math.inf
