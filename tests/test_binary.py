@@ -51,7 +51,7 @@ ROOMS = {
     "device.h": ("cuda_runtime.h", "emu/shim.h", "math/"),
     "torch_glue.h": ("torch/csrc/stable/", "torch/headeronly/", "dlfcn.h", "math/"),
     "glue/": ("torch_glue.h", "math/"),
-    "cuda/": ("torch_glue.h", "glue/", "device.h", "kernels/", "math/"),
+    "cuda/": ("torch_glue.h", "glue/", "device.h", "kernels/", "math/", "cuda/"),
     "cpu/": ("torch_glue.h", "glue/", "math/", "cpu/"),
     "emu/": (*("device.h", "kernels/", "math/", "emu/", "pybind11/"), *FIBER_HEADERS),
     "ops.cpp": ("Python.h", "torch_glue.h"),
@@ -76,16 +76,17 @@ def test_only_the_glue_includes_torch():
     assert users == ["torch_glue.h"]
 
 
-@pytest.mark.parametrize("path", sorted(CSRC.glob("cuda/*.cu")), ids=lambda p: p.stem)
-def test_launches_are_on_the_tensors_device_and_torchs_stream(path):
-    """A guard for every stream that is asked for, both by an operand's own device."""
-    text = path.read_text()
-    launches = re.findall(r"\blaunch\(.*?;", text, re.S)
-    assert launches and all("stream" in launch.lower() for launch in launches)
-    guards = re.findall(r"DeviceGuard guard\((.+?)\);", text)
-    streams = re.findall(r"current_stream\((.+?\))\)", text)
-    assert guards and guards == streams
-    assert all(device.endswith(".get_device_index()") for device in guards)
+def test_launches_are_on_the_tensors_device_and_torchs_stream():
+    """Launcher guards the device whose stream it asks for, and no kernel is launched without it."""
+    text = (CSRC / "cuda/launcher.h").read_text()
+    guard, stream = (
+        re.findall(of, text) for of in (r"\bguard_\((.+?\))\)", r"current_stream\((.+?\))\)")
+    )
+    assert guard == stream == ["operand.get_device_index()"]
+    for path in CSRC.glob("cuda/*.cu"):
+        code = path.read_text()
+        assert re.search(r"\bLauncher\b.*?\(\"\w+\", ", code), f"{path.name} launches nothing"
+        assert not re.search(r"<<<|current_stream|cuda[A-Z]\w+\(|pymend::launch", code), path.name
 
 
 def binary() -> Path:
