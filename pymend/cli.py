@@ -722,7 +722,7 @@ def _demo(args: argparse.Namespace) -> None:
 def _list_models(args: argparse.Namespace) -> None:
     import torch
 
-    from pymend.algorithms.mend.editor import Editor
+    from pymend.algorithms.mend.network import Editor
     from pymend.models.presets import preset, presets
     from pymend.models.structure import PAPER, find_weights
     from pymend.report.tables import blockwise, table

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from pymend import MendConfig, Trainer
-from pymend.algorithms.mend.editor import Editor
+from pymend.algorithms.mend.network import Editor
 from pymend.cli import main
 from pymend.config import TrainConfig
 from pymend.engine.tokens import Row
