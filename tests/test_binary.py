@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from stamps import where_csrc_changed
 
 from pymend import _lib
 
@@ -212,11 +213,16 @@ def ptxas_report(entry: dict, output: Path) -> str:
 @needs_binary
 @needs_cuda_build
 def test_no_spills_no_stack_and_few_registers(tmp_path):
+    with where_csrc_changed("no-spills", "tests/test_binary.py"):
+        check_registers(tmp_path)
+
+
+def check_registers(folder: Path) -> None:
     commands = cuda_commands()
     if not commands:
         pytest.skip("no compile_commands.json below build/")
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        outputs = [tmp_path / f"{i}.fatbin" for i in range(len(commands))]
+        outputs = [folder / f"{i}.fatbin" for i in range(len(commands))]
         report = "".join(pool.map(ptxas_report, commands, outputs))
     pattern = (
         r"Compiling entry function '(\w+)' for '(\w+)'.*?(\d+) bytes stack frame, "
