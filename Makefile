@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest
 ASAN := build/asan
 CXX ?= c++
 
-.PHONY: setup build style quality test test-slow emu asan demo reproduce wheel wheel-check docs bench gpu gpu-dry-run
+.PHONY: setup build style quality test test-slow emu asan demo reproduce wheel wheel-check sdist docs site bench gpu gpu-dry-run
 
 setup:  ## .venv with torch, dependencies and the package; TORCH=... and PYTHON=... override
 	@tools/setup.sh
@@ -25,7 +25,7 @@ style: setup  ## formatting and lint
 quality: style  ## style and types
 	$(BIN)/mypy
 
-test: build style  ## style, the suite without its slow part, a small part under sanitizers
+test: build style  ## style, the suite (which builds the site too) without its slow part, a small part under sanitizers
 	PYMEND_REQUIRE_KERNELS=1 OMP_NUM_THREADS=1 $(PYTEST) -n 2 -m "not slow"
 	@$(MAKE) --no-print-directory asan
 
@@ -50,21 +50,29 @@ demo: build  ## train an editor on the built-in facts and edit a model with it
 reproduce: build  ## every table of the paper, reduced, on small models made here: into runs/reproduce/mini-quick
 	$(BIN)/pymend reproduce all --quick --jobs 2
 
-wheel: setup  ## dist/*.whl, for every Python from 3.10 on
-	@rm -rf build/lib* build/bdist* dist  # setuptools would pack what an earlier build left there
-	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation -w dist .
+wheel: setup  ## dist/*.whl, for every Python from 3.10 on and the glibc of this machine; torch's libraries stay outside
+	@rm -rf build/lib* build/bdist* build/wheel dist  # setuptools would pack what an earlier build left there
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation -w build/wheel .
+	$(BIN)/python -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' -w dist build/wheel/*.whl
+
+sdist: setup  ## dist/*.tar.gz
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m build --sdist
 
 wheel-check: wheel  ## the one wheel under torch 2.11, 2.13 and 2.14 (CUDA builds: GBs); CHECK="torch==..." chooses
 	@tools/check_wheel.sh $(CHECK)
 
-docs: setup  ## the tables of measurements in README and docs, from the raw rows
+docs: setup  ## the tables of measurements in README and docs, from the raw rows; then the site, into build/docs
 	$(BIN)/python benchmarks/report.py
+	@$(MAKE) --no-print-directory site
+
+site: setup  ## build/docs/index.html from docs and docstrings; a warning is an error
+	$(BIN)/python -m sphinx -W --keep-going -q -b html -d build/doctrees docs build/docs
 
 bench: build
 	$(PYTEST) benchmarks
 
 gpu:  ## OUT=folder: everything about one GPU in 9 minutes; needs its own torch, no set-up
-	python3 benchmarks/gpu.py $(if $(OUT),"$(OUT)",$(error name a folder: make gpu OUT=folder))
+	PYTHONPATH=benchmarks python3 -m gpu.run $(if $(OUT),"$(OUT)",$(error name a folder: make gpu OUT=folder))
 
 gpu-dry-run: build  ## the same stages on a CPU at tiny sizes, into build/gpu-dry-run; measures nothing
-	python3 benchmarks/gpu.py --dry-run "$(or $(OUT),build/gpu-dry-run)"
+	PYTHONPATH=benchmarks python3 -m gpu.run --dry-run "$(or $(OUT),build/gpu-dry-run)"

@@ -15,11 +15,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import gpu_edit
 import harness
 import pytest
 import torch
-from gpu_run import Device, error
+from gpu import edit as gpu_edit
+from gpu.measure import Device, error
 from harness import Ceiling, Rival, Settings
 from torch import Tensor
 

@@ -27,13 +27,14 @@ QUICK_WIDTHS, QUICK_ROWS = {24: 2}, (5,)
 LAYERS = ("per weight, eager", "grouped, eager", "grouped, ours")
 
 
-class Layer:
+class Network:
     """A trained-looking layer of ``modes`` weights, and rows for it, weight after weight."""
 
     def __init__(self, rows: int, d: int, rank: int, modes: int) -> None:
         self.x, self.grad = torch.randn(rows, d, requires_grad=True), torch.randn(rows, d)
         shapes = [(rank, d), (d, rank), (d,), (modes, d), (modes, d)]
         self.parameters = [nn.Parameter(torch.randn(shape) / shape[-1] ** 0.5) for shape in shapes]
+        self.layers = [op.Layer(*self.parameters, residual=True)]
         self.mode = torch.arange(rows) * modes // rows
         self.counts = self.mode.bincount(minlength=modes).tolist()
         self.weights = 4 * 2 * d * rank  # bytes of u and v
@@ -41,13 +42,13 @@ class Layer:
 
     def per_weight(self) -> list[Tensor]:
         pieces = zip(self.x.split(self.counts), self.mode.split(self.counts), strict=True)
-        return [op.eager(x, *self.parameters, mode, True) for x, mode in pieces]
+        return [op.eager(x, self.layers, mode) for x, mode in pieces]
 
     def grouped(self) -> list[Tensor]:
-        return [op.eager(self.x, *self.parameters, self.mode, True)]
+        return [op.eager(self.x, self.layers, self.mode)]
 
     def ours(self) -> list[Tensor]:
-        return [op.editor_mlp(self.x, *self.parameters, self.mode, True)]
+        return [op.editor_mlp(self.x, self.layers, self.mode)]
 
     def layer_rivals(self, backward: bool) -> dict[str, Rival]:
         def rival(layer: Callable[[], list[Tensor]]) -> Rival:
@@ -70,12 +71,12 @@ class Layer:
 
     def epilogue_rivals(self, backward: bool) -> dict[str, Rival]:
         """Both passes read two matrices [rows, d] and write one."""
-        v, u, bias, scale, shift = (p.detach() for p in self.parameters)
+        layer = self.layers[0].map(Tensor.detach)
         x = self.x.detach()
-        p = x @ v.t() @ u.t()
+        p = x @ layer.v.t() @ layer.u.t()
         source = torch.zeros(3 * self.elements // 2)
         target = torch.zeros_like(source)
-        operands = (self.grad if backward else x, p, bias, scale, shift, self.mode)
+        operands = (self.grad if backward else x, p, layer, self.mode)
         in_torch = op._torch_epilogue_backward if backward else op._torch_epilogue
         native = op._epilogue_backward if backward else op._epilogue
         return {
@@ -93,7 +94,7 @@ def test_editor_mlp(benchmark: Any, settings: Settings, d: int, rows: int, rival
     widths = WIDTHS
     if settings.quick:
         widths, d, rows = QUICK_WIDTHS, *QUICK_WIDTHS, *QUICK_ROWS
-    layer = Layer(rows, d, settings.rank, widths[d])
+    layer = Network(rows, d, settings.rank, widths[d])
     harness.under_pytest(benchmark, layer.layer_rivals(backward=True)[rival])
 
 
@@ -104,7 +105,7 @@ def main(settings: Settings) -> None:
     table: list[dict[str, Any]] = []
     for d, modes in (QUICK_WIDTHS if settings.quick else WIDTHS).items():
         for rows in QUICK_ROWS if settings.quick else ROWS:
-            layer = Layer(rows, d, settings.rank, modes)
+            layer = Network(rows, d, settings.rank, modes)
             for backward in (False, True):
                 # The backward pass reads both factors once more and writes their gradients.
                 weights = layer.weights * (3 if backward else 1)

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu.roofline import markdown
 from report import cells
-from roofline import markdown
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM

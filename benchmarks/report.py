@@ -20,8 +20,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import roofline
-from roofline import markdown
+from gpu import roofline
+from gpu.roofline import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 MARKED = re.compile(
@@ -120,14 +120,28 @@ def _columns(rows: Sequence[Row]) -> list[str]:
 
 def _line(rows: Sequence[Row]) -> str:
     """The line under a table: when, where and on what."""
-    row = rows[0]
-    constant = {k for k in WHERE if k in row and all(r.get(k) == row[k] for r in rows)}
-    parts = [f"{datetime.fromisoformat(row['time']):%Y-%m-%d}", str(row["device"])]
-    parts += [f"{row['threads']} threads", f"torch {row['torch']}", f"commit {row['commit']}"]
-    parts += [str(row[k]) for k in ("model", "dtype") if k in constant]
-    parts += [f"{k} {row[k]}" for k in ("matmul", "rank", "tokens", "calls") if k in constant]
-    rates = [f"{row[k]} {k}" for k in ("GFLOP/s", "GB/s") if k in constant]
+    constant = _constant(rows)
+    parts = [*_place(rows), f"commit {rows[0]['commit']}", *_subject(rows)]
+    parts += [f"{k} {constant[k]}" for k in ("matmul", "rank", "tokens", "calls") if k in constant]
+    rates = [f"{constant[k]} {k}" for k in ("GFLOP/s", "GB/s") if k in constant]
     return ", ".join(parts) + (f"; ceilings {' and '.join(rates)}." if rates else ".")
+
+
+def _place(rows: Sequence[Row]) -> list[str]:
+    row = rows[0]
+    day = f"{datetime.fromisoformat(row['time']):%Y-%m-%d}"
+    return [day, str(row["device"]), f"{row['threads']} threads", f"torch {row['torch']}"]
+
+
+def _subject(rows: Sequence[Row]) -> list[str]:
+    constant = _constant(rows)
+    return [str(constant[k]) for k in ("model", "dtype") if k in constant]
+
+
+def _constant(rows: Sequence[Row]) -> Row:
+    """What all rows say alike of where and how they were measured."""
+    row = rows[0]
+    return {k: row[k] for k in WHERE if k in row and all(r.get(k) == row[k] for r in rows)}
 
 
 # -- tables --------------------------------------------------------------------------------------
@@ -174,15 +188,16 @@ def _summary(results: Path) -> str:
         if not (results / f"{name}.jsonl").is_file():
             return _missing(results, name)
         rows = latest(results / f"{name}.jsonl")
-        lines[f"{name}: {_line(rows)}"] = None
+        lines[f"{', '.join([*_place(rows), *_subject(rows)])}."] = None
         base, ours = rows[0], next((r for r in rows if r["rival"] == rival), None)
         if ours is None:
             raise ValueError(f"{name}.jsonl: its latest run has no rival {rival!r}")
-        row = cells({k: ours.get(k) for k in ("seconds", "spread", "times faster", "goal")})
-        row = {"what": what, base["rival"]: _cell("seconds", base["seconds"]), **row}
+        row = {"what": what, f"{base['rival']}, s": _cell("seconds", base["seconds"])}
+        row["ours, s"] = _cell("seconds", ours["seconds"])
+        row |= cells({k: ours.get(k) for k in ("spread", "times faster")})
         both = [_cell("extra MiB", r.get("extra MiB")) for r in (ours, base)]
         row["extra MiB"] = f"{both[0]} against {both[1]}" if ours.get("extra MiB") else "-"
-        shown.append({f"{k}, s" if k == base["rival"] else k: v for k, v in row.items()})
+        shown.append(row)
     return "\n\n".join([markdown(shown), "<br>\n".join(lines)])
 
 

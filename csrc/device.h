@@ -57,30 +57,6 @@ __device__ __forceinline__ void await_former() {
 #endif
 }
 
-// Launches a grid whose blocks all run at once, or fails: they may meet in sync_grid().
-template <typename Operands>
-void launch_together(void (*kernel)(Operands), int64_t grid, int block, size_t shared, Stream stream,
-                     Operands operands) {
-  void* arguments[] = {&operands};
-  const auto* entry = reinterpret_cast<const void*>(kernel);
-  cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-  cudaLaunchCooperativeKernel(entry, static_cast<unsigned>(grid), block, arguments, shared, stream);
-}
-
-// Holds every thread until all of the grid have come, then shows each what the others wrote before. All threads must
-// call it. `arrived`: global, 0 before the launch; it only grows, so that no block can miss a turn.
-__device__ __forceinline__ void sync_grid(unsigned* arrived) {
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    __threadfence();  // what this block wrote, before its arrival
-    const unsigned all = (atomicAdd(arrived, 1u) / gridDim.x + 1) * gridDim.x;
-    while (*static_cast<volatile unsigned*>(arrived) < all) {
-    }
-    __threadfence();  // what the others wrote, after theirs
-  }
-  __syncthreads();
-}
-
 // Tensor cores: c += a b^T for a [16, 16], b [8, 16] of bfloat16 pairs along k, c [16, 8] of float. With g = lane / 4 and
 // t = lane % 4 a lane holds a: (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8); b: (g, 2t), (g, 2t + 8); c: (g, 2t),
 // (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1). All lanes of the warp must call it.

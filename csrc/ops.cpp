@@ -30,14 +30,7 @@ STABLE_TORCH_LIBRARY(pymend, m) {
   m.def("editor_mlp_backward(Tensor grad, Tensor p, Tensor bias, Tensor? scale, Tensor? shift, Tensor mode) "
         "-> (Tensor, Tensor, Tensor, Tensor)");
 
-  // Both layers of the editor's network for few rows, products included, in one launch; CUDA only. Returns y [R, d].
-  //   x: [R, d] float32, R <= 64; v: [r, d], u: [d, r], bias: [d], two of each; float32 or bfloat16, all of one
-  //   scale, shift: [modes, d], two of each or none; mode: [R] int64, below modes; not read without scale; contiguous
-  m.def(
-      "editor_stream(Tensor x, Tensor[] v, Tensor[] u, Tensor[] bias, Tensor[] scale, Tensor[] shift, Tensor mode, "
-      "bool residual) -> Tensor");
-
-  // Adam's step number `step` (from 1) on param, in place, for the gradient scale * left^T right, which is not stored.
+  // Adam's step number `step` (from 1) on param, in place, for the gradient scale * left^T right, which is not stored; CPU only.
   //   param, exp_avg, exp_avg_sq: [rows, cols]; left: [n, rows], right: [n, cols]; scale: [] (the clip factor)
   //   all float32, contiguous, not overlapping
   m.def(

@@ -176,7 +176,9 @@ class Edit(BaseEdit):
         if self in _merged.get(model, []):
             raise RuntimeError("this edit is merged into this model and acts already")
         self.check(model)
-        with forward_hooks(model, {w.module: self._hook(w.name) for w in self.weights}):
+        with forward_hooks(
+            {model.get_submodule(w.module): self._hook(w.name) for w in self.weights}
+        ):
             yield model
 
     def _hook(self, name: str) -> Any:

@@ -1,7 +1,8 @@
 """What every test shares: backends, seeds, no network, and a count of tests per backend.
 
-A test that takes the ``backend`` fixture runs once per back end. The counts at the end of a run
-make a back end that did not run visible.
+A test that takes ``backend`` runs once per back end of its module's BACKENDS, one that takes
+``backend_or_reference`` also with the oracle itself. The counts at the end of a run make a back end
+that did not run visible.
 """
 
 from __future__ import annotations
@@ -61,10 +62,16 @@ def seeds() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(
-    scope="session",
-    params=[pytest.param(b, marks=pytest.mark.cuda if b == "cuda" else ()) for b in BACKENDS],
-)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    for name, first in (("backend", ()), ("backend_or_reference", ("reference",))):
+        if name in metafunc.fixturenames:
+            marks = {"cuda": pytest.mark.cuda}
+            of = (*first, *metafunc.module.BACKENDS)
+            values = [pytest.param(b, marks=marks.get(b, ())) for b in of]
+            metafunc.parametrize(name, values, indirect=True)
+
+
+@pytest.fixture(scope="session")
 def backend(request: pytest.FixtureRequest) -> str:
     """The name of a back end, skipped with the reason where it cannot run."""
     name: str = request.param
@@ -82,6 +89,9 @@ def backend(request: pytest.FixtureRequest) -> str:
     return name
 
 
+backend_or_reference = backend
+
+
 def _need(there: bool, reason: str) -> None:
     if not there and os.environ.get("PYMEND_REQUIRE_KERNELS") == "1":
         pytest.fail(reason)
@@ -93,8 +103,9 @@ def _need(there: bool, reason: str) -> None:
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
     report = (yield).get_result()
     callspec = getattr(item, "callspec", None)
-    if callspec is not None and "backend" in callspec.params:
-        report.user_properties.append(("backend", callspec.params["backend"]))
+    for name in ("backend", "backend_or_reference"):
+        if callspec is not None and name in callspec.params:
+            report.user_properties.append(("backend", callspec.params[name]))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -58,7 +59,24 @@ RIVALS = {  # by script, in the order of its table
 }
 # Scripts or rivals without a product of matrices.
 NO_PRODUCTS = ("moments", "epilogue", "token_losses", "copy")
+# Every script as it is started from a shell, in one process: torch is imported once.
+ALL = """
+import contextlib, pathlib, runpy, sys
+out, *names = sys.argv[1:]
+sys.path.insert(0, "benchmarks")
+options = ["--quick", "--rank=8", "--tokens=6", "--rounds=1", f"--output={out}"]
+for name in names:
+    script = f"benchmarks/bench_{name}.py"
+    sys.argv = [script, *options]
+    with open(pathlib.Path(out, f"{name}.txt"), "w") as file, contextlib.redirect_stdout(file):
+        runpy.run_path(script, run_name="__main__")
+"""
 ENVIRONMENT = {"device", "threads", "torch", "python", "commit", "dtype", "matmul", "model"}
+
+
+def run(line: list[str]) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(line, env=environment, cwd=ROOT, capture_output=True, text=True)
 
 
 def test_every_script_is_run_here():
@@ -66,19 +84,17 @@ def test_every_script_is_run_here():
     assert scripts == RIVALS.keys()
 
 
-def test_every_rival_runs_under_pytest_too():
-    options = ["--quick", "--benchmark-disable", "-p", "no:cacheprovider", "-rA", "-q"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "benchmarks", *options],
-        env=environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout
+def test_every_rival_stands_under_pytest_too():
+    """All are collected, one is run: the others' calls are those that ``test_script`` makes."""
+    options = ["--quick", "--benchmark-disable", "-p", "no:cacheprovider", "-q"]
+    line = [sys.executable, "-m", "pytest", "benchmarks", *options]
+    listed = run([*line, "--collect-only"])
+    assert listed.returncode == 0, listed.stdout
     for name in RIVALS:
-        assert f"PASSED benchmarks/bench_{name}.py::test_" in done.stdout
+        assert f"benchmarks/bench_{name}.py::test_" in listed.stdout
+    done = run([*line, "-k", "bench_token_losses"])
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"^\d+ passed", done.stdout, re.MULTILINE)
 
 
 def test_a_plain_run_of_the_tests_leaves_benchmarks_out(pytestconfig):
@@ -86,19 +102,22 @@ def test_a_plain_run_of_the_tests_leaves_benchmarks_out(pytestconfig):
     assert not list((ROOT / "tests").rglob("bench_*.py"))
 
 
-@pytest.mark.parametrize("name", RIVALS)
-def test_script(name: str, tmp_path: Path) -> None:
-    script = ROOT / "benchmarks" / f"bench_{name}.py"
-    options = ["--quick", "--rank=8", "--tokens=6", "--rounds=1", f"--output={tmp_path}"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, script, *options], env=environment, capture_output=True, text=True
-    )
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory) -> Path:
+    """What every script printed and recorded, run one after the other in one process."""
+    out = tmp_path_factory.mktemp("benchmarks")
+    done = run([sys.executable, "-c", ALL, str(out), *RIVALS])
     assert done.returncode == 0, done.stderr
-    table = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    return out
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_script(name: str, recorded: Path) -> None:
+    printed = (recorded / f"{name}.txt").read_text()
+    table = [line for line in printed.splitlines() if line.startswith("|")]
     column = [cell.strip() for cell in table[0].split("|")].index("rival")
     assert [line.split("|")[column].strip() for line in table[2:]] == RIVALS[name]
-    rows = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (recorded / f"{name}.jsonl").read_text().splitlines()]
     assert [row["rival"] for row in rows] == RIVALS[name]
     for row in rows:
         assert row.keys() >= ENVIRONMENT

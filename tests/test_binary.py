@@ -23,9 +23,8 @@ needs_binary = pytest.mark.skipif(not _lib.has_kernels(), reason="the native mod
 needs_cuda_build = pytest.mark.skipif(not _lib.has_cuda_kernels(), reason="built without CUDA")
 
 # Registers per thread that a kernel may use, on any architecture; spills and stack frames: none.
-# 65,536 registers over 256 threads: 128 leave room for two blocks, 80 for three. The
-# shared memory of editor_stream leaves room for one block anyway. rank_update_kernel and
-# factored_adam_kernel keep 64 sums a thread, so that a product reads little shared memory.
+# 65,536 registers over 256 threads: 128 leave room for two blocks, 80 for three.
+# rank_update_kernel keeps 64 sums a thread, so that a product reads little shared memory.
 # rank_update_mma_kernel and rank_update_strip_kernel have blocks of 128 threads: 168 leave room for
 # three, and the variant of the first that rounds at random takes more.
 REGISTERS = {
@@ -39,8 +38,6 @@ REGISTERS = {
     "editor_mlp_kernel": {"*": 64},
     "editor_mlp_backward_kernel": {"*": 64},
     "editor_mlp_bias_kernel": {"*": 40},
-    "editor_stream_kernel": {"*": 255},
-    "factored_adam_kernel": {"*": 128},
     "token_losses_kernel": {"d": 128, "*": 80},
     "token_losses_backward_kernel": {"d": 80, "*": 48},
 }
@@ -83,7 +80,7 @@ def test_only_the_glue_includes_torch():
 def test_launches_are_on_the_tensors_device_and_torchs_stream(path):
     """A guard for every stream that is asked for, both by an operand's own device."""
     text = path.read_text()
-    launches = re.findall(r"\blaunch(?:_together)?\(.*?;", text, re.S)
+    launches = re.findall(r"\blaunch\(.*?;", text, re.S)
     assert launches and all("stream" in launch.lower() for launch in launches)
     guards = re.findall(r"DeviceGuard guard\((.+?)\);", text)
     streams = re.findall(r"current_stream\((.+?\))\)", text)

@@ -2,29 +2,54 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
+import io
+import json
 import re
 import shlex
+import subprocess
+import sys
+from importlib import import_module
 from itertools import takewhile
 from pathlib import Path
 
 import pytest
 import tiny
 
-from pymend import cli
+import pymend
+from pymend.data import write_jsonl
+from pymend.files import write_json
+from pymend.zoo import smollm2
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "dev").glob("*.md")])
+SCRIPT = re.search(r'^pymend = "(.*):(.*)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+main = getattr(import_module(SCRIPT[1]), SCRIPT[2])  # what the command pymend runs
+# Of these every block is run.
+READ = [
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("index", "start", "concepts")),
+    *sorted((ROOT / "docs/guides").glob("*.md")),
+]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+SMALL = ["--steps=2", "--batch-size=2", "--rank=5", "--eval-records=2", "--eval-every=2"]
 OPS = sorted(p.stem for p in (ROOT / "pymend/ops").glob("*.py") if p.stem != "__init__")
-SCRIPT = re.compile(r"^    (?:\.venv/bin/)?(pymend|make|python) ((?:.*\\\n)*.*)", re.MULTILINE)
+INDENTED = re.compile(r"^    (?:pymend|make|python) (?:.*\\\n)*.*", re.MULTILINE)
 
 
 def commands(program: str) -> list[list[str]]:
-    """The words of every indented line of a page that calls ``program``, comments left out."""
+    """The words of every line of a page that calls ``program``, comments left out."""
     found = []
     for page in PAGES:
-        for match in SCRIPT.finditer(page.read_text(encoding="utf-8")):
-            words = shlex.split(match[2].replace("\\\n", " "), comments=True)
-            found += [words] if match[1] == program else []
+        if page.parent.name == "dev":  # notes say what was typed then
+            continue
+        text = page.read_text(encoding="utf-8")
+        typed = [m[0].replace("\\\n", " ") for m in INDENTED.finditer(text)]
+        for language, block in BLOCK.findall(text):
+            typed += lines_of(language, block)
+        split = [shlex.split(line, comments=True) for line in typed]
+        found += [words[1:] for words in split if words[:1] == [program]]
     return found
 
 
@@ -46,32 +71,144 @@ def test_every_section_is_an_op():
     assert sorted(re.findall(r"^## (.*)", text, re.MULTILINE)) == OPS
 
 
-def test_readme_example_runs(tmp_path, monkeypatch):
-    """In a folder with a tiny model and an editor for it, in place of downloads and training."""
-    snippets = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
-    assert len(snippets) == 1
-    model = tiny.llama()
-    model.save_pretrained(tmp_path / "model")
-    tiny.tokenizer().save_pretrained(tmp_path / "model")
-    tiny.seasoned_mend(model).save_pretrained(tmp_path / "runs/demo")
+# -- what README and the guides show is run ------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder as the pages have it: smollm2 is a tiny model, runs/demo an editor for it."""
+    monkeypatch.setenv("PYMEND_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    names: dict = {"folder": "model"}
-    exec(compile(snippets[0], "README.md", "exec"), names)
-    tiny.assert_same_bits(names["model"], tiny.snapshot(model))
-    assert (tmp_path / "rome").is_dir() and names["edit"].outcomes[0].target == "Rome"
+    model = tiny.llama()
+    model.save_pretrained(smollm2.folder())
+    tiny.tokenizer().save_pretrained(smollm2.folder())
+    write_json(smollm2.folder() / "complete.json", {})
+    tiny.seasoned_mend(model).save_pretrained("runs/demo")
+    records = tiny.facts(24)
+    write_jsonl("facts.jsonl", records[:12])
+    write_jsonl("counterfact-val.json", records[12:])
+    return tmp_path
 
 
-def test_commands_and_their_flags_exist(capsys):
+@pytest.mark.parametrize("page", READ, ids=lambda p: p.stem)
+def test_the_blocks_of_a_page_run(page, folder, capsys):
+    """In their order and in one namespace: Python as it stands, commands as a shell splits them.
+
+    Of a command that would take minutes even here only the flags are looked at.
+    """
+    names: dict = {}
+    for language, text in BLOCK.findall(page.read_text(encoding="utf-8")):
+        if language == "python":
+            exec(compile(text, page.name, "exec"), names)
+        elif language == "json":
+            json.loads(text)
+        elif language in ("shell", "console"):
+            for line in lines_of(language, text):
+                words = shlex.split(line, comments=True)
+                if words and words[0] == "pymend":
+                    run_command(words[1:])
+        else:
+            assert language == "text", f"{page.name}: a block of {language} that nothing checks"
+    capsys.readouterr()
+
+
+def lines_of(language: str, text: str) -> list[str]:
+    """The lines of a block that are typed; in a console they stand behind a dollar sign."""
+    lines = text.replace("\\\n", " ").splitlines()
+    if language == "console":
+        return [line[2:] for line in lines if line.startswith("$ ")]
+    return lines if language == "shell" else []
+
+
+def run_command(words: list[str]) -> None:
+    """Run ``pymend words`` if that takes seconds; else look at the flags only."""
+    if words[0] not in ("edit", "eval", "train") and words[:2] != ["models", "list"]:
+        check_flags(words)
+        return
+    small = SMALL if words[0] == "train" else []
+    if small and "--config" not in words:
+        small = [*small, "--data=facts.jsonl"]
+    assert call([*words, *small]) == 0, f"pymend {shlex.join(words)}"
+
+
+def call(words: list[str]) -> int:
+    """The exit status of the command line."""
+    try:
+        return main(words)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+
+
+def check_flags(words: list[str]) -> None:
+    """The command and every flag of it, which may stand in brackets, are in its help."""
+    command = [*takewhile(lambda word: word[0] not in "-[", words)]
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        while call([*command, "--help"]):  # the last words may be names, not commands
+            command.pop()
+    assert command, words
+    known = set(re.findall(r"--[\w-]+", printed.getvalue()))
+    given = {flag for word in words for flag in re.findall(r"^\[?(--[\w-]+)", word)}
+    assert given <= known, f"pymend {shlex.join(words)}"
+
+
+def test_the_pages_show_something():
+    blocks = [x for page in READ for x, _ in BLOCK.findall(page.read_text(encoding="utf-8"))]
+    assert blocks.count("python") > 10 and blocks.count("shell") > 10
+
+
+@pytest.mark.parametrize(("page", "most"), [("README.md", 700), ("docs/performance.md", 1500)])
+def test_a_page_stays_short(page, most):
+    """Words besides those of tables."""
+    lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
+    assert sum(len(line.split()) for line in lines if not line.startswith("|")) <= most
+
+
+# -- the site ------------------------------------------------------------------------------------
+
+
+def test_the_site(tmp_path):
+    """It builds without a warning, has an entry for every public name, and no page is lost."""
+    line = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html"]
+    done = subprocess.run([*line, "docs", tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    entries = (tmp_path / "api/index.html").read_text(encoding="utf-8")
+    assert not [name for name in pymend.__all__ if f'id="pymend.{name}"' not in entries]
+    menu = (tmp_path / "index.html").read_text(encoding="utf-8")
+    results = (tmp_path / "results/README.html").read_text(encoding="utf-8")
+    for page in (ROOT / "docs").rglob("*.md"):
+        name = page.relative_to(ROOT / "docs").with_suffix(".html").as_posix()
+        if re.fullmatch(r"results/[^/]+/[^/]+", name):  # a single table
+            assert f'href="{name.removeprefix("results/")}"' in results, name
+        elif name != "index.html":
+            assert f'href="{name}"' in menu, name
+
+
+@pytest.mark.parametrize("name", sorted(set(pymend.__all__) - {"__version__"}))
+def test_a_public_name_has_a_docstring(name):
+    value = getattr(pymend, name)
+    assert documented(value)
+    for part, member in inspect.getmembers(value, callable) if isinstance(value, type) else ():
+        if not part.startswith("_") and str(member.__module__).startswith("pymend"):
+            assert documented(member), part
+
+
+def documented(value) -> bool:
+    """Whether someone wrote a docstring; a dataclass without one gets its signature."""
+    text = inspect.getdoc(value) or ""
+    return bool(text) and not text.startswith(f"{value.__name__}(")
+
+
+# -- commands, sections, links -------------------------------------------------------------------
+
+
+def test_commands_and_their_flags_exist(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
     found = commands("pymend")
-    called = {words[0] for words in found}
-    assert called == {"train", "eval", "edit", "import", "demo", "data", "models", "reproduce"}
     for words in found:
-        with pytest.raises(SystemExit) as stop:
-            cli.main([*takewhile(lambda word: word[0] not in "-[", words), "--help"])
-        assert stop.value.code == 0
-        known = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
-        given = {flag for word in words for flag in re.findall(r"^\[?(--[\w-]+)", word)}
-        assert given <= known, f"pymend {' '.join(words)}"
+        check_flags(words)
+    called = {words[0] for words in found}
+    assert called >= {"train", "eval", "edit", "import", "demo", "data", "models", "reproduce"}
 
 
 def test_make_targets_and_scripts_exist():

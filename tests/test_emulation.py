@@ -145,8 +145,6 @@ def test_planted_faults_are_caught():
         reverse("early return")
     with pytest.raises(RuntimeError, match=r"divergent barrier.*thread 16 has returned"):
         reverse("half warp")
-    with pytest.raises(RuntimeError, match=r"divergent barrier in block 0.*block 1.*returned"):
-        reverse("absent block")
     assert torch.equal(reverse("none"), copy.copy(torch.arange(64.0).flip(0))), "state is clean"
 
 

@@ -36,7 +36,6 @@ class Fault:
 RANK_UPDATE = "kernels/rank_update.cuh"
 RANK_UPDATE_MMA = "kernels/rank_update_mma.cuh"
 OUTER_TILE = "kernels/outer_tile.cuh"
-EDITOR_STREAM = "kernels/editor_stream.cuh"
 FAULTS = {
     "missing barrier": Fault(
         "rank_update",
@@ -50,37 +49,13 @@ FAULTS = {
     "wrong fragment index": Fault(
         "rank_update", RANK_UPDATE_MMA, "/ 2 * 32 + g / 2 * 8", "/ 2 * 32 + t / 2 * 8"
     ),
-    "missing barrier of the grid": Fault(
-        "editor_stream",
-        EDITOR_STREAM,
-        "    sync_grid(m.arrived);  // all partial sums are there\n",
-        "    __syncthreads();\n",
-    ),
 }
 MORE_FAULTS = {
     "stage of a product overwritten while it is read": Fault(
-        "factored_adam", OUTER_TILE, "    stage ^= 1;", "    stage ^= 0;"
+        "rank_update", OUTER_TILE, "    stage ^= 1;", "    stage ^= 0;"
     ),
     "first row past the end of a factor": Fault(
-        "factored_adam", OUTER_TILE, "i * STEP < below", "i * STEP <= below"
-    ),
-    "next product before this one is added up": Fault(
-        "editor_stream",
-        EDITOR_STREAM,
-        "if (turn + 1 < 2 * STREAM_LAYERS) sync_grid(m.arrived);",
-        "",
-    ),
-    "slice overwritten while it is read": Fault(
-        "editor_stream",
-        EDITOR_STREAM,
-        "    __syncthreads();  // the previous slice has been read\n",
-        "",
-    ),
-    "a unit left out": Fault(
-        "editor_stream",
-        EDITOR_STREAM,
-        "units * (blockIdx.x + 1) / gridDim.x",
-        "units / gridDim.x * (blockIdx.x + 1)",
+        "rank_update", OUTER_TILE, "i * STEP < below", "i * STEP <= below"
     ),
     "weights of the next tile not read ahead": Fault(
         "rank_update", RANK_UPDATE_MMA, "if (turn + 1 < strip) {", "if (turn + 2 < strip) {"

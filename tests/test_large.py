@@ -22,7 +22,6 @@ from torch import Tensor
 
 from pymend import _lib
 from pymend.ops import editor_mlp as editor_mlp_op
-from pymend.ops import factored_adam as factored_adam_op
 from pymend.ops import moments as moments_op
 from pymend.ops import rank_update as rank_update_op
 from pymend.ops import token_losses as token_losses_op
@@ -97,24 +96,6 @@ def first_difference(actual: Tensor, wanted: Tensor) -> str | None:
 
 
 @linux
-def test_factored_adam(_emu):
-    """Element beyond 2^31 of the parameter and of both moments."""
-    matrices = [beyond(reserved(2**15 + 9, 2**16 + 5)) for _ in range(3)]
-    rows, cols = matrices[0].shape
-    left, right, scale = torch.randn(3, rows), torch.randn(3, cols), torch.tensor(0.5)
-    for x in matrices:
-        x[CORNER] = torch.rand(3, 5)
-    expected = [x[CORNER].clone() for x in matrices]
-    settings = (1e-2, 0.9, 0.999, 1e-8, 3)
-    factored_adam_op.eager(*expected, left[:, -3:], right[:, -5:], scale, *settings)
-    pointers = tuple(t.data_ptr() for t in (*matrices, left, right, scale))
-    _emu.factored_adam((*pointers, rows, cols, 3), *settings, block=256, order="last")
-    for x, wanted in zip(matrices, expected, strict=True):
-        torch.testing.assert_close(x[CORNER], wanted)
-    assert not matrices[0][-12].any() and not matrices[0][:3].any()
-
-
-@linux
 def test_editor_mlp(_emu):
     """x, p and y of more than 2^31 elements, forward; grad and p backward, down whole columns."""
     rows, cols = 2**11 + 3, 2**20 + 5
@@ -126,15 +107,16 @@ def test_editor_mlp(_emu):
     scale[1, -5:] = -2
     mode = torch.ones(rows, dtype=torch.int64)
     last = slice(None), slice(-5, None)
-    operands = bias[-5:], scale[last], shift[last], mode[-3:]
+    whole = editor_mlp_op.Layer(bias, bias, bias, scale, shift, residual=True)  # without a product
+    part = whole._replace(bias=bias[-5:], scale=scale[last], shift=shift[last])
     with pytest.MonkeyPatch.context() as patch:
         # Results of the same size, where the bindings' helpers would fill them.
         patch.setattr(torch, "full_like", lambda t, _: reserved(*t.shape))
-        y = editor_mlp(x, p, bias, scale, shift, mode, block=64, order="last")
-        grads = editor_mlp_backward(grad, p, bias, scale, shift, mode, block=32, order="last")
-    wanted = editor_mlp_op._torch_epilogue(*corner[:2], *operands)
+        y = editor_mlp(x, p, whole, mode, block=64, order="last")
+        grads = editor_mlp_backward(grad, p, whole, mode, block=32, order="last")
+    wanted = editor_mlp_op._torch_epilogue(*corner[:2], part, mode[-3:])
     assert torch.equal(y[CORNER], wanted)
-    wanted = editor_mlp_op._torch_epilogue_backward(corner[2], corner[1], *operands)
+    wanted = editor_mlp_op._torch_epilogue_backward(*corner[:0:-1], part, mode[-3:])
     assert torch.equal(grads[0][CORNER], wanted[0])
     # All other rows are zero, and their gradients add nothing.
     torch.testing.assert_close(grads[1][-5:], wanted[1])

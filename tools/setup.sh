@@ -99,7 +99,7 @@ install_package() {
   say "installing build tools, dependencies and the package; compiling its native parts"
   pip_install -c "$pins" setuptools wheel cmake ninja pybind11
   # pip runs setup.py's tools from the PATH
-  PATH="$PWD/$VENV/bin:$PATH" pip_install -c "$pins" --no-build-isolation -e '.[test,dev]'
+  PATH="$PWD/$VENV/bin:$PATH" pip_install -c "$pins" --no-build-isolation -e '.[test,dev,docs]'
 }
 
 fetch_model() {

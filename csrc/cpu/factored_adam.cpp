@@ -6,12 +6,35 @@
 
 #include "cpu/factored_adam_rows.h"
 #include "cpu/level.h"
-#include "glue/factored_adam.h"
+#include "torch_glue.h"
 
 namespace pymend {
 namespace {
 
 constexpr int64_t BLOCK_ROWS = 8 * PANEL_ROWS;  // of one unit of work
+
+// Shapes and dtypes as the schema in ops.cpp says; called before anything is written.
+FactoredAdam gather(const Tensor& param, const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& left,
+                    const Tensor& right, const Tensor& scale, AdamStep step) {
+  check_operand("param", param, ScalarType::Float, param, {-1, -1});
+  const int64_t rows = param.size(0), cols = param.size(1);
+  check_operand("exp_avg", exp_avg, ScalarType::Float, param, {rows, cols});
+  check_operand("exp_avg_sq", exp_avg_sq, ScalarType::Float, param, {rows, cols});
+  check_operand("left", left, ScalarType::Float, param, {-1, rows});
+  const int64_t n = left.size(0);
+  check_operand("right", right, ScalarType::Float, param, {n, cols});
+  check_operand("scale", scale, ScalarType::Float, param, {});
+  return {static_cast<float*>(param.mutable_data_ptr()),
+          static_cast<float*>(exp_avg.mutable_data_ptr()),
+          static_cast<float*>(exp_avg_sq.mutable_data_ptr()),
+          static_cast<const float*>(left.const_data_ptr()),
+          static_cast<const float*>(right.const_data_ptr()),
+          static_cast<const float*>(scale.const_data_ptr()),
+          rows,
+          cols,
+          n,
+          step};
+}
 
 // from [n, size] -> [panels][n][panel], the last one filled up with zeros
 Tensor pack(const Tensor& from, int64_t panel) {
@@ -35,8 +58,9 @@ Tensor pack(const Tensor& from, int64_t panel) {
 void factored_adam(Tensor param, Tensor exp_avg, Tensor exp_avg_sq, Tensor left, Tensor right, Tensor scale, double lr,
                    double beta1, double beta2, double eps, int64_t step) {
   static const auto adam_block = choose_level<AdamBlock>(PYMEND_LEVELS(adam_block));
+  PYMEND_CHECK(step >= 1, "step is ", step, ", expected 1 or more");
   const FactoredAdam f =
-      gather_factored_adam(param, exp_avg, exp_avg_sq, left, right, scale, lr, beta1, beta2, eps, step);
+      gather(param, exp_avg, exp_avg_sq, left, right, scale, adam_step(lr, beta1, beta2, eps, step));
   const Tensor packed_left = pack(left, PANEL_ROWS), packed_right = pack(right, PANEL_COLS);
   const auto* left_ptr = static_cast<const float*>(packed_left.const_data_ptr());
   const auto* right_ptr = static_cast<const float*>(packed_right.const_data_ptr());

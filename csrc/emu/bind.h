@@ -28,8 +28,6 @@ T* at(uintptr_t address) {
 
 // One per file of bindings; module.cpp calls them.
 void bind_editor_mlp(pybind11::module_& m);
-void bind_editor_stream(pybind11::module_& m);
-void bind_factored_adam(pybind11::module_& m);
 void bind_moments(pybind11::module_& m);
 void bind_rank_update(pybind11::module_& m);
 void bind_token_losses(pybind11::module_& m);

@@ -26,11 +26,5 @@ __global__ void half_warp_kernel(float* out) {
   if (threadIdx.x % 32 < 16) out[threadIdx.x] = __shfl_xor_sync(ALL_LANES, 1.0f, 1);
 }
 
-// One block leaves before the grid meets.
-__global__ void absent_block_kernel(unsigned* arrived) {
-  if (blockIdx.x == 1) return;
-  sync_grid(arrived);
-}
-
 }  // namespace faults
 }  // namespace pymend

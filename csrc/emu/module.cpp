@@ -18,9 +18,6 @@ void run_fault(const std::string& fault, uintptr_t in, uintptr_t out, const std:
   if (fault == "no barrier") return launch(faults::reverse_kernel<false>, 1, 64, shared, &schedule, in_ptr, out_ptr);
   if (fault == "early return") return launch(faults::divergent_kernel, 1, 64, shared, &schedule);
   if (fault == "half warp") return launch(faults::half_warp_kernel, 1, 64, shared, &schedule, out_ptr);
-  if (fault == "absent block") {
-    return launch_together(faults::absent_block_kernel, 2, 64, 0, &schedule, static_cast<unsigned*>(nullptr));
-  }
   throw std::invalid_argument("fault is '" + fault + "'");
 }
 
@@ -37,8 +34,6 @@ PYBIND11_MODULE(_emu, m) {
   namespace py = pybind11;
   using namespace pymend;
   emu::bind_editor_mlp(m);
-  emu::bind_editor_stream(m);
-  emu::bind_factored_adam(m);
   emu::bind_moments(m);
   emu::bind_rank_update(m);
   emu::bind_token_losses(m);

@@ -1,5 +1,4 @@
-// Host emulation of the part of CUDA that our kernels use: one fiber per thread; one block at a time, or all blocks at
-// once where they meet in sync_grid().
+// Host emulation of the part of CUDA that our kernels use: one fiber per thread, one block at a time.
 //
 // A barrier is a switch to the scheduler; blocks and threads run in the order that a Schedule gives; shared memory
 // starts as NaN bits. It shows faults of logic: missing or divergent barriers, index errors (with AddressSanitizer),
@@ -18,7 +17,6 @@
 #define __grid_constant__
 #define __launch_bounds__(...)
 #define __syncthreads() pymend::emu::sync_block(__LINE__)
-#define sync_grid(arrived) (static_cast<void>(arrived), pymend::emu::sync_all(__LINE__))
 #define mma_bf16(c, a, b) pymend::emu::mma(c, a, b, __LINE__)
 #define __shfl_xor_sync(mask, value, lanes) pymend::emu::shuffle_xor(mask, value, lanes, __LINE__)
 
@@ -26,7 +24,7 @@ struct Dim3 {
   unsigned x = 0, y = 0, z = 0;
 };
 // Of the running fiber; the scheduler sets them before it switches.
-inline Dim3 threadIdx, blockIdx, gridDim;
+inline Dim3 threadIdx, blockIdx;
 
 namespace pymend {
 namespace emu {
@@ -37,8 +35,7 @@ struct Schedule {
   uint64_t seed = 0;  // of `random`
 };
 
-// Ends a fiber's turn until all threads of its grid (of its block, of its warp) have come to the same line.
-void sync_all(int line);
+// Ends a fiber's turn until all threads of its block (of its warp) have come to the same line.
 void sync_block(int line);
 void sync_warp(int line);
 
@@ -48,10 +45,8 @@ void* shared_memory();
 // One tensor-core product of a warp, as device.h describes it; sums run in float, k upwards.
 void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], int line);
 
-// Runs body() once per thread of every block; `together`: of all blocks at once. Throws std::runtime_error where
-// threads part ways at a barrier.
-void run(int64_t grid, int block, size_t shared, const Schedule& schedule, bool together,
-         const std::function<void()>& body);
+// Runs body() once per thread of every block. Throws std::runtime_error where threads part ways at a barrier.
+void run(int64_t grid, int block, size_t shared, const Schedule& schedule, const std::function<void()>& body);
 
 template <typename T>
 T shuffle_xor(unsigned mask, T value, int lanes, int line) {
@@ -71,18 +66,12 @@ using Stream = const emu::Schedule*;
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), int64_t grid, int block, size_t shared, Stream stream,
             const Arguments&... arguments) {
-  emu::run(grid, block, shared, *stream, false, [&] { kernel(arguments...); });
+  emu::run(grid, block, shared, *stream, [&] { kernel(arguments...); });
 }
 
 // Kernels run one after the other here.
 inline void let_next_start() {}
 inline void await_former() {}
-
-template <typename Operands>
-void launch_together(void (*kernel)(Operands), int64_t grid, int block, size_t shared, Stream stream,
-                     Operands operands) {
-  emu::run(grid, block, shared, *stream, true, [&] { kernel(operands); });
-}
 
 template <typename T>
 T& shared_memory() {

@@ -1,4 +1,4 @@
-// A tile of left^T right in the registers of a block: what rank_update and factored_adam add to their matrices.
+// A tile of left^T right in the registers of a block: what rank_update subtracts from its matrices.
 //
 // Formula    sum[i, j] = sum_k left[k, i] * right[k, j]: one multiply-add for each k, upwards from 0, so that an
 //            element has the same bits whatever the block. Plain SIMT in T, for any number of rows n.

@@ -29,19 +29,11 @@ inline AdamStep adam_step(double lr, double beta1, double beta2, double eps, int
           static_cast<float>(eps)};
 }
 
-// The built-in, because the standard library's is an inline function: see cpu/factored_adam_rows.cpp.
-PYMEND_INLINE float square_root(float x) {
-#ifdef __CUDA_ARCH__
-  return sqrtf(x);
-#else
-  return __builtin_sqrtf(x);
-#endif
-}
-
 PYMEND_INLINE void adam_element(const AdamStep& step, float gradient, float& param, float& exp_avg, float& exp_avg_sq) {
   exp_avg += step.weight1 * (gradient - exp_avg);
   exp_avg_sq = step.beta2 * exp_avg_sq + step.weight2 * gradient * gradient;
-  param -= step.rate * exp_avg / (square_root(exp_avg_sq) * step.unbias + step.eps);
+  // The built-in, because the standard library's is an inline function: see cpu/factored_adam_rows.cpp.
+  param -= step.rate * exp_avg / (__builtin_sqrtf(exp_avg_sq) * step.unbias + step.eps);
 }
 
 struct FactoredAdam {
@@ -50,7 +42,7 @@ struct FactoredAdam {
   float* exp_avg_sq;
   const float* left;   // [n, rows], contiguous
   const float* right;  // [n, cols], contiguous
-  const float* scale;  // one value, the clip factor: on the device, so that nobody waits for it
+  const float* scale;  // one value, the clip factor
   int64_t rows, cols, n;
   AdamStep step;
 };

@@ -185,7 +185,8 @@ def rewriting(model: nn.Module, rewrite: Callable[[Tensor, Tensor], Tensor]) -> 
         if settings is not None:
             stack.callback(setattr, settings, "use_cache", settings.use_cache)
             settings.use_cache = False
-        stack.enter_context(forward_hooks(model, {trunk: keep, "": change}))
+        stack.enter_context(forward_hooks({model.get_submodule(trunk): keep}))
+        stack.enter_context(forward_hooks({model: change}))  # may be the same module
         yield
 
 

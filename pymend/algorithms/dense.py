@@ -53,7 +53,7 @@ class DenseEdit(BaseEdit):
             ValueError: another model, non-finite residuals, or a batch that does not split.
         """
         self.check(model)
-        with forward_hooks(model, {w.module: self._hook(w) for w in self.weights}):
+        with forward_hooks({model.get_submodule(w.module): self._hook(w) for w in self.weights}):
             yield model
 
     def _hook(self, weight: EditedWeight) -> Any:

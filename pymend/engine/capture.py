@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.linalg import vector_norm
 
-from pymend.engine.hooks import first_input
+from pymend.engine.hooks import first_input, forward_hooks
 from pymend.errors import NonFiniteError
 from pymend.models.structure import EditedWeight, weight_of
 
@@ -40,7 +42,9 @@ class Tape:
         self._inputs: dict[str, list[Tensor]] = {w.name: [] for w in weights}
         self._probes: dict[str, list[Tensor]] = {w.name: [] for w in weights}
 
-    def _record(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+    def record(self, name: str, _module: nn.Module, args: Any, kwargs: Any, y: Tensor) -> Tensor:
+        """The hook of a weight's module: note its input, add a probe to its output."""
+        x = first_input(args, kwargs)
         probe = torch.zeros_like(y, requires_grad=True)
         self._inputs[name].append(x if self.second_order else x.detach())
         self._probes[name].append(probe)
@@ -126,17 +130,6 @@ def capture(
     for weight in weights:
         weight_of(model, weight)
     tape = Tape(weights, second_order)
-    handles = []
-    try:
-        with torch.enable_grad():
-            for w in weights:
-                module = model.get_submodule(w.module)
-
-                def hook(_module, args, kwargs, y, name=w.name):  # type: ignore[no-untyped-def]
-                    return tape._record(name, first_input(args, kwargs), y)
-
-                handles.append(module.register_forward_hook(hook, with_kwargs=True))
-            yield tape
-    finally:
-        for handle in handles:
-            handle.remove()
+    hooks = {model.get_submodule(w.module): partial(tape.record, w.name) for w in weights}
+    with torch.enable_grad(), forward_hooks(hooks):
+        yield tape

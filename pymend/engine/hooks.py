@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, TypeGuard, cast
+from typing import Any, NamedTuple, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +14,50 @@ from transformers.pytorch_utils import Conv1D
 from pymend.ops.products import frozen_linear
 
 
+class Call(NamedTuple):
+    """What a module was given and returned; ``version`` counts the writes to the latter so far."""
+
+    inputs: tuple[Any, ...]
+    output: Any
+    version: int
+
+
 @contextmanager
-def forward_hooks(model: nn.Module, hooks: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
-    """Let the module of each name run its hook on (module, args, kwargs, output) inside."""
+def forward_hooks(hooks: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Let every module run its hook on (module, args, kwargs, output) inside.
+
+    What a hook returns takes the place of the output, unless it is None.
+    """
     with ExitStack() as stack:
-        for name, hook in hooks.items():
-            module = model.get_submodule(name)
+        for module, hook in hooks.items():
             stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
         yield
+
+
+@contextmanager
+def watch(module: nn.Module) -> Iterator[list[Call]]:
+    """The calls of ``module`` inside, as they come."""
+    calls: list[Call] = []
+
+    def note(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        calls.append(Call((args, kwargs), output, getattr(output, "_version", 0)))
+
+    with forward_hooks({module: note}):
+        yield calls
+
+
+@contextmanager
+def changed_input(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """``module`` is given ``change`` of its first input inside."""
+
+    def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (change(args[0]), *args[1:])
+
+    handle = module.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def first_input(args: Sequence[Tensor], kwargs: Mapping[str, Tensor]) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from pymend.engine.hooks import forwards, is_plain
+from pymend.engine.hooks import changed_input, forward_hooks, forwards, is_plain, watch
 from pymend.engine.losses import LabelRows, class_logits
 from pymend.engine.tokens import Batch, Row, stacked
 from pymend.models.structure import EditedWeight, lowest_block, stacks
@@ -87,45 +87,23 @@ class Replay:
         """Run the blocks below the cut on ``group`` and keep what the last of them returns."""
         assert self.blocks is not None
         batch = Batch.of([Row(ids, answer=False) for ids in group], self.device)
-        output: Any = None
-        first: Any = None
-        handed: list[Any] = []  # to the block after the first
-        from_head: list[tuple[Tensor, int]] = []
-
-        def keep(_module: nn.Module, _args: Any, result: Any) -> None:
-            nonlocal output
-            output = result
-
-        def keep_first(_module: nn.Module, _args: Any, result: Any) -> None:
-            nonlocal first
-            first = result
-
-        def see_inputs(_module: nn.Module, args: Any, kwargs: Any) -> None:
-            handed.extend(tree_flatten((args, kwargs))[0])
-
-        def see(_module: nn.Module, _args: Any, result: Tensor) -> None:
-            from_head.append((result, result._version))
-
         with ExitStack() as stack:
-            stack.callback(self.blocks[self.cut - 1].register_forward_hook(keep).remove)
-            stack.callback(self.blocks[0].register_forward_hook(keep_first).remove)
-            for block in self.blocks[1:2]:
-                hook = block.register_forward_pre_hook(see_inputs, with_kwargs=True)
-                stack.callback(hook.remove)
-            if is_plain(self._head):
-                stack.callback(self._head.register_forward_hook(see).remove)
+            last = stack.enter_context(watch(self.blocks[self.cut - 1]))
+            first = stack.enter_context(watch(self.blocks[0]))
+            second = [stack.enter_context(watch(block)) for block in self.blocks[1:2]]
+            head = stack.enter_context(watch(self._head)) if is_plain(self._head) else []
             # The rest of the model would be thrown away: skip its blocks and give the head no row.
-            above = dict.fromkeys(self.blocks[self.cut :], lambda *_, **__: output)
+            above = dict.fromkeys(self.blocks[self.cut :], lambda *_, **__: last[-1].output)
             stack.enter_context(forwards(above))
             if self._encoder is None:
                 logits = self._run(batch, (batch.row[:0], batch.position[:0]))
                 # The very tensor, and not written to since: a capped or scaled one is another or is
                 # newer.
-                seen = [version for x, version in from_head if x is logits]
-                self._last = len(from_head) == 1 and seen == [logits._version]
+                seen = [call.version for call in head if call.output is logits]
+                self._last = len(head) == 1 and seen == [logits._version]
             else:
                 self._encoder(**batch.inputs)
-        leaves, spec = tree_flatten(output)
+        leaves, spec = tree_flatten(last[-1].output)
         size = tuple(batch.inputs["input_ids"].shape)
 
         def is_per_row(x: Tensor) -> bool:
@@ -136,8 +114,9 @@ class Replay:
         # T5's first block also makes the position bias, which later ones are handed: it runs live.
         # Attention weights, which GPT-J's return too, are handed to nobody. (What a model made from
         # such a tensor would not be seen here; none that is known does so.)
-        made = [x for x in tree_flatten(first)[0] if isinstance(x, Tensor) and not is_per_row(x)]
-        self._live = int(any(_share(x, y) for x in made for y in handed if isinstance(y, Tensor)))
+        made = [x for x in _tensors(first[-1].output) if not is_per_row(x)]
+        handed = [x for calls in second for x in _tensors([call.inputs for call in calls])]
+        self._live = int(any(_share(x, y) for x in made for y in handed))
         for i, ids in enumerate(group):
             self._states[ids] = [leaves[j][i, : len(ids)] for j in per_row]
 
@@ -174,16 +153,13 @@ class Replay:
         }
         record = tree_unflatten([states.get(j, x) for j, x in enumerate(leaves)], spec)
 
-        def live(_module: nn.Module, _args: Any, result: Any) -> None:
+        def live(_module: nn.Module, _args: Any, _kwargs: Any, result: Any) -> None:
             nonlocal record
             leaves = tree_flatten(result)[0]
             record = tree_unflatten([states.get(j, x) for j, x in enumerate(leaves)], spec)
 
-        with ExitStack() as stack:
-            for block in self.blocks[: self._live]:
-                stack.callback(block.register_forward_hook(live).remove)
-            below = self.blocks[self._live : self.cut]
-            stack.enter_context(forwards(dict.fromkeys(below, lambda *_, **__: record)))
+        below = dict.fromkeys(self.blocks[self._live : self.cut], lambda *_, **__: record)
+        with forward_hooks(dict.fromkeys(self.blocks[: self._live], live)), forwards(below):
             yield
 
     def _run(self, batch: Batch, labels: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -192,14 +168,15 @@ class Replay:
         [rows, tokens, vocabulary] without ``labels`` (rows and positions), or if the head is
         edited; [rows, classes] of a classifier.
         """
-
-        def gather(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return (args[0][labels][None], *args[1:])
-
-        with ExitStack() as stack:
-            if self._head is not None and labels is not None:
-                stack.callback(self._head.register_forward_pre_hook(gather).remove)
+        if self._head is None or labels is None:
             return self.model(**batch.inputs, **self._options).logits
+        with changed_input(self._head, lambda x: x[labels][None]):
+            return self.model(**batch.inputs, **self._options).logits
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    """The tensors in nested values."""
+    return [x for x in tree_flatten(values)[0] if isinstance(x, Tensor)]
 
 
 def _share(x: Tensor, y: Tensor) -> bool:

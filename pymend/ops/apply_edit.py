@@ -1,6 +1,6 @@
 """apply_edit: captured rows in, edited weights out: moments, editor and update of all weights.
 
-A composition of the ops ``moments``, ``editor_stream`` and ``rank_update``, with no kernel of its
+A composition of the ops ``moments``, ``editor_mlp`` and ``rank_update``, with no kernel of its
 own. The weights of one shape form a group, whose rows pass the editor together; one ``rank_update``
 then writes all weights. ``unchecked`` never waits for the device, so it can be captured in a CUDA
 graph, in which groups pass their editors side by side; ``EditGraph`` does that, once for every
@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from pymend.ops import editor_mlp, editor_stream, rank_update
-from pymend.ops.editor_stream import Layer
+from pymend.ops import editor_mlp, rank_update
+from pymend.ops.editor_mlp import Layer
 from pymend.ops.moments import moments
 
 T = TypeVar("T")
@@ -347,10 +347,10 @@ def _transform_group(group: Group, r: _Rows) -> list[tuple[Tensor, ...]]:
     counts = [len(part) for part in r.u]  # one episode: rows weight after weight
     state = (group.mean, group.m2, group.count)
     z, live = moments(r.u, r.delta, counts, *state, merge=False, dtype=wide)
-    z = editor_stream.unchecked(z.to(group.dtype), group.joint, r.mode)
+    z = editor_mlp.unchecked(z.to(group.dtype), group.joint, r.mode)
     u, delta = z.split([r.u[0].shape[1], r.delta[0].shape[1]], 1)
-    u = editor_stream.unchecked(u, group.u_side, r.mode)
-    delta = editor_stream.unchecked(delta, group.delta_side, r.mode)
+    u = editor_mlp.unchecked(u, group.u_side, r.mode)
+    delta = editor_mlp.unchecked(delta, group.delta_side, r.mode)
     live, zero = live.unsqueeze(1), z.new_zeros(())
     return [side.where(live, zero).to(wide).split(counts) for side in (u, delta)]
 
@@ -452,4 +452,4 @@ def _check_groups(
                     raise ValueError(
                         f"modes of {name} runs from {low} to {high}, scale has {len(layer.scale)}"
                     )
-                editor_mlp.check_operands(part, *layer.tensors(), group.modes[:0])
+                editor_mlp.check_operands(part, layer, group.modes[:0])

@@ -1,7 +1,8 @@
 """factored_adam: Adam on a matrix whose gradient exists only as factors, G = left^T right.
 
 The gradient of an editor's matrix is a sum over the rows that went through it. Where the rows are
-few, product, clip factor and Adam fit in one pass over the matrix and its moments.
+few, product, clip factor and Adam fit in one pass over the matrix and its moments: the kernel is
+for CPUs.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from torch import Tensor
 from pymend import _lib
 from pymend.ops.rank_update import _shape, _span
 
-# Most rows for which the op beats torch's product and fused Adam. Measured on a CPU with 2 threads
-# (benchmarks/bench_factored_adam.py); on CUDA it wins with 96 rows and loses with 960.
-FUSED_ROWS = {"cpu": 128, "cuda": 128}
+# Most rows for which the op beats torch's product and fused Adam, measured with 2 threads
+# (benchmarks/bench_factored_adam.py).
+FUSED_ROWS = 128
 CANCELLED = 0.1  # a norm's square below this share of that of orthogonal rows has lost digits
 
 
@@ -25,11 +26,11 @@ def fused_rows(param: Tensor) -> int:
 
     Of a parameter's dtype, device and layout, it depends on nothing that changes during a run.
     """
-    return FUSED_ROWS[param.device.type] if _native(param) else 0
+    return FUSED_ROWS if _native(param) else 0
 
 
 def gram_norm(left: Tensor, right: Tensor) -> Tensor:
-    """|left^T right| (Frobenius) without the product: sqrt(sum((A A^T) * (B B^T))).
+    """``|left^T right|`` (Frobenius) without the product: sqrt(sum((A A^T) * (B B^T))).
 
     Where rows cancel, or their squares leave the range of float32, the Gram matrices are formed
     again in float64: a small sum of large terms has no digits left in float32.
@@ -123,7 +124,7 @@ def eager(
 
 
 def _native(tensor: Tensor) -> bool:
-    fits = tensor.dtype == torch.float32 and tensor.is_contiguous()
+    fits = tensor.dtype == torch.float32 and tensor.is_contiguous() and tensor.device.type == "cpu"
     return fits and _lib.use_kernel("factored_adam", tensor.device)
 
 

@@ -47,7 +47,7 @@ def rank_update(
 
     Returns:
         [len(weights)], alpha's device, float32 (float64 if alpha is): how much of the wanted change
-        survived the rounding, <applied, wanted> / |wanted|^2; 1 where nothing was wanted.
+        survived the rounding, ``<applied, wanted> / |wanted|^2``; 1 where nothing was wanted.
 
     Raises:
         ValueError: lengths, shapes, devices, strides or overlaps are wrong, or u, delta, alpha or

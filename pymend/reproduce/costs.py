@@ -22,9 +22,9 @@ from pymend.data.builders import Splits
 from pymend.files import read_json, write_json
 from pymend.report.tables import number
 from pymend.reproduce import data, figures
+from pymend.reproduce.page import markdown, write_page
 from pymend.reproduce.plan import Run, Scale, Settings
 from pymend.reproduce.runs import RunContext, in_processes, loaded
-from pymend.reproduce.tables import markdown, write_csv, write_text
 from pymend.training.trainer import Trainer
 from pymend.zoo.mini import edition
 
@@ -147,11 +147,10 @@ def write(scale: Scale, name: str, command: str, place: RunContext) -> Path:
         for c in costs
     ]
     head = ("setup", "algorithm", *kinds, "episodes in a step")
-    text = [f"# {name}: {TITLES[name]}", "", f"{scale.note} {NOTE}", "", f"    {command}", ""]
-    text += [f"Machine: {known['machine']}.", "", *markdown(head, rows), ""]
-    text += [f"![{name}]({name}.png)", ""]
-    write_text(folder / f"{name}.md", "\n".join(text))
-    write_csv(folder / f"{name}.csv", head, rows)
+    body = [f"Machine: {known['machine']}.", "", *markdown(head, rows), ""]
+    body.append(f"![{name}]({name}.png)")
+    note = f"{scale.note} {NOTE}"
+    page = write_page(folder, name, TITLES[name], note, command, body, (head, rows))
     panels = {
         f"{kind}, {setup}": {
             c["algorithm"]: c[kind] for c in costs if c["setup"] == setup and kind in c
@@ -160,7 +159,7 @@ def write(scale: Scale, name: str, command: str, place: RunContext) -> Path:
         for setup in scale.tables[name]
     }
     figures.bars(f"{name}: a training step, and an edit", unit, panels, folder / f"{name}.png")
-    return folder / f"{name}.md"
+    return page
 
 
 def machine() -> str:

@@ -10,11 +10,10 @@ from typing import Any
 from pymend.config import EditRequest
 from pymend.engine.generate import greedy
 from pymend.engine.tokens import Encoder
-from pymend.files import write_json
 from pymend.reproduce import data
+from pymend.reproduce.page import markdown, write_page
 from pymend.reproduce.plan import Run, Scale
 from pymend.reproduce.runs import RunContext, loaded
-from pymend.reproduce.tables import markdown, write_csv, write_text
 
 EDITS = 10  # shown
 OTHERS = 2  # paraphrases and neighbours of each
@@ -30,7 +29,7 @@ def write(scale: Scale, name: str, folder: Path, command: str, place: RunContext
     Raises:
         FileNotFoundError: of a run of MEND only the result is there.
     """
-    parts = [f"# {name}: {TITLES[name]}", "", scale.note, "", f"    {command}", ""]
+    parts: list[str] = []
     shown: dict[str, list[tuple[str, ...]]] = {}
     for setup in scale.tables[name]:
         model, tokenizer = loaded(scale.setups[setup].model, place.dtype, place.device)
@@ -51,12 +50,10 @@ def write(scale: Scale, name: str, folder: Path, command: str, place: RunContext
         parts += markdown(("", *HEAD[1:]), [[_plain(text) for text in line] for line in lines])
         parts.append("")
         shown[setup] = lines
-    write_text(folder / f"{name}.md", "\n".join(parts))
     rows = [(setup, *line) for setup, lines in shown.items() for line in lines]
-    write_csv(folder / f"{name}.csv", ("setup", *HEAD), rows)
     looks = {s: [dict(zip(HEAD, line, strict=True)) for line in shown[s]] for s in shown}
-    write_json(folder / f"{name}.json", {"command": command, "examples": looks})
-    return folder / f"{name}.md"
+    sheet, source = (("setup", *HEAD), rows), {"examples": looks}
+    return write_page(folder, name, TITLES[name], scale.note, command, parts[:-1], sheet, source)
 
 
 def _table(

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from pymend.algorithms.registry import METHODS, RIVALS
-from pymend.files import replacing, write_json
 from pymend.report.tables import number
+from pymend.reproduce.page import markdown, write_page
 from pymend.reproduce.plan import VARIANTS, Run, Scale
 
 Results = Mapping[Run, Mapping[str, Any]]
@@ -230,21 +228,19 @@ def write(
         for setup in columns
         for row in table.rows
     }
-    lines = [f"# {name}: {table.title}", "", f"{scale.note} {PROTOCOL} Seed {seed}.", ""]
-    lines += [f"    {command}", "", *_layout(scale, name, table, cells), ""]
+    body = [*_layout(scale, name, table, cells), ""]
     claims = _claims(columns, table, cells, paper(name))
     if claims:
-        lines += ["## What the paper's table shows", ""]
-        lines += markdown(("where", "claim", "here", "edit success or drawdown"), claims)
-        lines.append("")
+        body += ["## What the paper's table shows", ""]
+        body += markdown(("where", "claim", "here", "edit success or drawdown"), claims)
+        body.append("")
     details = _details(scale, table, columns, cells, results, memory)
-    lines += ["## Every run", "", *markdown(tuple(details[0]), [[*d.values()] for d in details])]
-    lines += ["", f"![{table.title}]({name}.png)", ""]
-    write_text(folder / f"{name}.md", "\n".join(lines))
-    write_csv(folder / f"{name}.csv", list(details[0]), [[*line.values()] for line in details])
+    sheet = list(details[0]), [[*line.values()] for line in details]
+    body += ["## Every run", "", *markdown(*sheet), "", f"![{table.title}]({name}.png)"]
     runs = {row.run(s).name: results[row.run(s)] for s in columns for row in table.rows}
-    write_json(folder / f"{name}.json", {"command": command, "paper": paper(name), "runs": runs})
-    return folder / f"{name}.md"
+    note = f"{scale.note} {PROTOCOL} Seed {seed}."
+    source = {"paper": paper(name), "runs": runs}
+    return write_page(folder, name, table.title, note, command, body, sheet, source)
 
 
 def _layout(
@@ -325,20 +321,3 @@ def _details(
             line["extra MiB"] = number(memory.get(row.run(setup)), 1)
             lines.append(line)
     return lines
-
-
-def markdown(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
-    return [f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * len(head), *rows)]
-
-
-def write_csv(path: Path, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """A table as CSV, atomically."""
-    sheet = io.StringIO()
-    csv.writer(sheet, lineterminator="\n").writerows([head, *rows])
-    write_text(path, sheet.getvalue())
-
-
-def write_text(path: Path, text: str) -> None:
-    """A text file, atomically."""
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")

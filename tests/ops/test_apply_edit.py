@@ -23,7 +23,7 @@ from pymend.algorithms.mend.editor import Editor
 from pymend.config import MendConfig
 from pymend.models.structure import EditedWeight
 from pymend.ops import apply_edit as op
-from pymend.ops import editor_stream, rank_update
+from pymend.ops import editor_mlp, rank_update
 
 aten = torch.ops.aten
 f32, f64, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -227,7 +227,7 @@ def test_g_of_zero_is_not_zero():
     assert layer.bias.abs().max() > 0
     zeros = torch.zeros(1, len(layer.bias), dtype=f64)
     mode = torch.zeros(1, dtype=torch.int64)
-    y = editor_stream.eager(zeros, [layer], mode)
+    y = editor_mlp.eager(zeros, [layer], mode)
     assert y.abs().max() > 0.1
 
 
@@ -395,15 +395,10 @@ def test_no_value_is_read_on_a_gpu(dtype):
     with FakeTensorMode():
 
         def fake(tensor):
-            if tensor is None:
-                return None
             return torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
 
         def layers(found):
-            return tuple(
-                op.Layer(*map(fake, (x.v, x.u, x.bias, x.scale, x.shift)), x.residual)
-                for x in found
-            )
+            return tuple(layer.map(fake) for layer in found)
 
         groups = [
             op.Group(
@@ -465,12 +460,12 @@ def test_groups_that_do_not_fit(way):
         ({"modes": torch.tensor([0])}, r"int64 \[1\], expected int64 \[2\]"),
         ({"count": torch.tensor(0)}, "count of .* is 0"),
         ({"mean": first.mean[1:]}, r"mean has shape \[52\]"),
-        ({"joint": (replace(layer, bias=layer.bias[1:]),)}, r"bias has shape \[52\]"),
+        ({"joint": (layer._replace(bias=layer.bias[1:]),)}, r"bias has shape \[52\]"),
     ):
         refused(case, ValueError, message, way, [replace(first, **change), *others])
     swapped = [replace(first, places=(0, 1)), replace(others[0], places=(2,)), *others[1:]]
     refused(case, ValueError, r"holds weights\[1\] \[20, 33\] beside weights\[0\]", way, swapped)
-    layer = replace(layer, bias=layer.bias.double())
+    layer = layer._replace(bias=layer.bias.double())
     refused(case, TypeError, "bias", way, [replace(first, joint=(layer,)), *others])
 
 

@@ -8,8 +8,6 @@ import pytest
 import torch
 from ops import (
     test_editor_mlp,
-    test_editor_stream,
-    test_factored_adam,
     test_moments,
     test_rank_update,
     test_side_path,
@@ -20,8 +18,6 @@ from torch.utils._pytree import tree_leaves
 
 CASES = {
     "editor_mlp": (test_editor_mlp, "modes"),
-    "editor_stream": (test_editor_stream, "7 rows"),
-    "factored_adam": (test_factored_adam, "tails"),
     "moments": (test_moments, "dead rows"),
     "rank_update": (test_rank_update, "mixed shapes"),
     "side_path": (test_side_path, "independent edits"),

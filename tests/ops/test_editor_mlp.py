@@ -1,4 +1,4 @@
-"""editor_mlp on five back ends against pymend.reference in float64, gradients included."""
+"""editor_mlp on its back ends against pymend.reference in float64, gradients included."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from pymend import _lib, reference
 from pymend.ops import editor_mlp as op
 
+BACKENDS = ("eager", "cpu", "emu", "cuda")
 WIDE = (torch.float64, torch.float32)
 HALF = (torch.bfloat16, torch.float16)  # run in torch ops where there are gradients
 needs_binary = pytest.mark.skipif(not _lib.has_kernels(), reason="the native module is not built")
@@ -38,8 +39,12 @@ class Case:
     residual: bool
     cotangent: Tensor  # gradient of y
 
+    @property
+    def layer(self) -> op.Layer:
+        return op.Layer(self.v, self.u, self.bias, self.scale, self.shift, self.residual)
+
     def arguments(self):
-        return tuple(getattr(self, f.name) for f in fields(self))[:-1]
+        return self.x, [self.layer], self.mode
 
     def map(self, change) -> Case:
         """``change`` applied to every floating tensor."""
@@ -98,13 +103,13 @@ NAMES = tuple(samples(torch.float32))
 def run(backend: str, case: Case, **emulation) -> dict[str, Tensor]:
     """y, and the gradient of each argument that has one."""
     if backend == "reference":
-        exact = run_by(reference_layer, case.map(Tensor.double))
+        exact = run_by(by_reference, case.map(Tensor.double))
         return {name: t.to(case.x.dtype) for name, t in exact.items()}
     if backend == "eager":
         return run_by(op.eager, case)
     if backend == "emu":
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(op, "_epilogue", lambda *of: emulate(*of, **emulation))
+            patch.setattr(op, "_epilogue", lambda *of, **how: emulate(*of, **how, **emulation))
             patch.setattr(op, "_epilogue_backward", lambda *of: emulate_backward(*of, **emulation))
             return run_by(op.editor_mlp, case)
     moved = replace(case.map(lambda t: t.to(backend)), mode=case.mode.to(backend))
@@ -124,16 +129,19 @@ def run_by(layer, case: Case) -> dict[str, Tensor]:
     return result
 
 
-def reference_layer(x, v, u, bias, scale, shift, mode, residual):
+def by_reference(x, layers, mode):
     """The dense reference, which takes the rows of one weight at a time."""
-    layer = {"u": u, "v": v, "bias": bias}
-    if scale is None:
-        return reference.transform(x, [layer], None, residual)
-    layer |= {"mode_scale.weight": scale, "mode_shift.weight": shift}
+    named, residual = [], layers[0].residual
+    for v, u, bias, scale, shift, _ in layers:
+        named.append({"u": u, "v": v, "bias": bias})
+        if scale is not None:
+            named[-1] |= {"mode_scale.weight": scale, "mode_shift.weight": shift}
+    if layers[0].scale is None:
+        return reference.transform(x, named, None, residual)
     y = torch.zeros_like(x)
-    for m in range(len(scale)):
+    for m in range(len(layers[0].scale)):
         of_mode = (mode == m).nonzero().flatten()
-        y = y.index_add(0, of_mode, reference.transform(x[of_mode], [layer], m, residual))
+        y = y.index_add(0, of_mode, reference.transform(x[of_mode], named, m, residual))
     return y
 
 
@@ -141,30 +149,30 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def operands(*tensors):
+def operands(p, layer, mode):
     """Contiguous, and the addresses in the bindings' order."""
-    kept = [None if t is None else t.contiguous() for t in tensors]
+    _, *kept = op._contiguous(None, p, layer, mode)
     p, _, scale, _, mode = kept
     place = [address(t) for t in kept[:4]] + [0 if scale is None else address(mode)]
     return kept, place, [*p.shape, 0 if scale is None else len(scale)]
 
 
-def emulate(x, p, bias, scale, shift, mode, alone=False, **options) -> Tensor:
+def emulate(x, p, layer, mode, alone=False, **options) -> Tensor:
     """The CUDA kernel's own source on fibers."""
     import _emu
 
-    kept, place, shape = operands(p, bias, scale, shift, mode)
-    x = None if x is None else x.contiguous()
+    kept, place, shape = operands(p, layer, mode)
+    x = x.contiguous() if layer.residual else None
     y = torch.full_like(kept[0], torch.nan)
     name = str(p.dtype).removeprefix("torch.")
     _emu.editor_mlp(name, place, shape, address(x), address(y), **options)
     return y
 
 
-def emulate_backward(grad, p, bias, scale, shift, mode, **options):
+def emulate_backward(grad, p, layer, mode, **options):
     import _emu
 
-    kept, place, shape = operands(p, bias, scale, shift, mode)
+    kept, place, shape = operands(p, layer, mode)
     grad = grad.contiguous()
     out = [None if t is None else torch.full_like(t, torch.nan) for t in kept[:4]]
     name = str(p.dtype).removeprefix("torch.")
@@ -175,7 +183,7 @@ def emulate_backward(grad, p, bias, scale, shift, mode, **options):
 
 def assert_right(backend: str, case: Case) -> None:
     ours, theirs = run(backend, case), run("eager", case)
-    exact = run_by(reference_layer, case.map(Tensor.double))
+    exact = run_by(by_reference, case.map(Tensor.double))
     assert ours.keys() == exact.keys()
     length = sum(case.x.shape) + len(case.v)
     for name, truth in exact.items():
@@ -201,11 +209,9 @@ def test_half_precision_without_gradients(backend, name, dtype):
     case = samples(dtype)[name]
     exact, theirs = (
         layer(*c.arguments()).detach()
-        for layer, c in ((reference_layer, case.map(Tensor.double)), (op.eager, case))
+        for layer, c in ((by_reference, case.map(Tensor.double)), (op.eager, case))
     )
-    if backend == "reference":
-        ours = exact.to(dtype)
-    elif backend == "emu":
+    if backend == "emu":
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(op, "_epilogue", emulate)
             ours = op.editor_mlp(*case.arguments())
@@ -240,7 +246,7 @@ def test_any_shape(backend, data):
     assert_right(backend, case)
 
 
-def test_by_hand(backend):
+def test_by_hand(backend_or_reference):
     """Rows (1, 2) and (3, 4); U V x = x; modes (2, 1) and (-1, 1), shifts (-5, 0) and (5, -3)."""
     case = Case(
         torch.tensor([[1.0, 2.0], [3.0, 4.0]]),
@@ -253,7 +259,7 @@ def test_by_hand(backend):
         True,
         torch.tensor([[1.0, 10.0], [100.0, 1000.0]]),
     )
-    result = run(backend, case)
+    result = run(backend_or_reference, case)
     # x + b = (2, 1), (4, 3); under the max (-1, 1), (1, 0), of which -1 alone is cut
     assert result["y"].tolist() == [[1.0, 3.0], [4.0, 4.0]]
     assert result["x"].tolist() == [[1.0, 20.0], [0.0, 2000.0]]
@@ -281,9 +287,18 @@ def test_backward_takes_the_sign_that_forward_took(backend):
         ones[:1] * (1 + 2.0**-11), torch.zeros(3, dtype=torch.int64), True, ones,
     )  # fmt: skip
     assert case.scale[0, 0] * case.bias[0] + case.shift[0, 0] == 0
-    if backend == "reference":
-        pytest.skip("float64 does not round here")
     assert torch.equal(run(backend, case)["shift"], 3 * ones[:1])
+
+
+@pytest.mark.parametrize("modes", [0, 3])
+def test_layers_follow_each_other(modes):
+    """The second, which has no residual, takes what the first made."""
+    first = make_case(torch.float64, 5, 7, modes=modes)
+    second = make_case(torch.float64, 5, 7, modes=modes, residual=False, seed=1)
+    y = op.editor_mlp(first.x, [first.layer, second.layer], first.mode)
+    between = by_reference(*first.arguments())
+    torch.testing.assert_close(y, by_reference(between, [second.layer], first.mode))
+    assert torch.equal(op.editor_mlp(first.x, [], first.mode), first.x)
 
 
 def test_nan_is_not_cut(backend):
@@ -299,9 +314,13 @@ def test_gradcheck(name, monkeypatch):
     case = replace(case, x=case.x[:4], mode=case.mode[:4])
     case = case.map(lambda t: t[..., :6].clone().requires_grad_() if t.shape[-1] > 6 else t)
     case = replace(case, u=case.u[:6].detach().requires_grad_())
+
+    def layer(x, *parts):
+        return op.editor_mlp(x, [op.Layer(*parts)], case.mode)
+
     for kernels in ("all", "off"):
         monkeypatch.setenv("PYMEND_KERNELS", kernels)
-        assert torch.autograd.gradcheck(op.editor_mlp, case.arguments())
+        assert torch.autograd.gradcheck(layer, (case.x, *case.layer))
 
 
 # ------------------------------------------------------------------------- what autograd asks for
@@ -369,7 +388,7 @@ def test_factors_of_two_layers_and_two_passes():
     case, plain = (as_parameters(make_case(torch.float64, 5, 7), f) for f in ("uv", ""))
 
     def network(c: Case) -> Tensor:
-        return op.editor_mlp(op.editor_mlp(*c.arguments()), *c.arguments()[1:])
+        return op.editor_mlp(c.x, [c.layer, c.layer], c.mode)
 
     for c in (case, plain):
         network(c).backward(c.cotangent.detach())
@@ -427,8 +446,7 @@ def test_no_second_derivative():
 
 
 def epilogue_operands(case: Case):
-    p = case.x @ case.v.t() @ case.u.t()
-    return case.x if case.residual else None, p.contiguous(), *case.arguments()[3:7]
+    return case.x, (case.x @ case.v.t() @ case.u.t()).contiguous(), case.layer, case.mode
 
 
 @needs_binary
@@ -506,10 +524,11 @@ def test_every_cpu_level(level):
 @pytest.mark.parametrize("name", ["modes", "no modes", "no residual", "no rows"])
 def test_opcheck(name, dtype):
     case = samples(dtype)[name]
-    of = epilogue_operands(case)
-    torch.library.opcheck(torch.ops.pymend.editor_mlp.default, of)
-    of = (case.cotangent, *of[1:])
-    torch.library.opcheck(torch.ops.pymend.editor_mlp_backward.default, of)
+    first, *of = epilogue_operands(case)
+    native = op._contiguous(first if case.residual else None, *of)
+    torch.library.opcheck(torch.ops.pymend.editor_mlp.default, native)
+    native = op._contiguous(case.cotangent, *of)
+    torch.library.opcheck(torch.ops.pymend.editor_mlp_backward.default, native)
 
 
 @pytest.mark.parametrize("dtype", [*WIDE, torch.bfloat16], ids=str)
@@ -597,7 +616,7 @@ NATIVE_REFUSED = {
 def test_native_checks_stand_alone(name, native):
     """The ops themselves refuse too: they can be called without the wrapper."""
     index, value, message = NATIVE_REFUSED[name]
-    of = list(epilogue_operands(make_case(torch.float32, 5, 7)))
+    of = op._contiguous(*epilogue_operands(make_case(torch.float32, 5, 7)))
     of[index] = value
     with pytest.raises(RuntimeError, match=message):
         getattr(torch.ops.pymend, native).default(*of)

@@ -1,4 +1,4 @@
-"""factored_adam on five back ends against pymend.reference in float64, and its optimiser."""
+"""factored_adam against pymend.reference in float64, and its optimiser."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from pymend.ops import factored_adam as op
 from pymend.training import optim
 from pymend.training.optim import EditorOptimizer
 
+BACKENDS = ("eager", "cpu")
 DTYPES = (torch.float64, torch.float32)
 NAMES = ("param", "exp_avg", "exp_avg_sq")
 needs_binary = pytest.mark.skipif(not _lib.has_kernels(), reason="the native module is not built")
@@ -93,30 +94,18 @@ def expected(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     return reference.adam(param, exp_avg, exp_avg_sq, scale * (left.T @ right), **numbers)
 
 
-def run(backend: str, case: Case, **emulation) -> tuple[Tensor, Tensor, Tensor]:
+def run(backend: str, case: Case) -> tuple[Tensor, Tensor, Tensor]:
     """New param and moments; the case's own are left alone."""
     case = copy.deepcopy(case)
     if backend == "reference":
         return tuple(t.to(case.param.dtype) for t in expected(case))  # type: ignore[return-value]
-    if backend == "eager" or (backend == "emu" and case.param.dtype != torch.float32):
+    if backend == "eager":
         wide = [t.to(case.param.dtype) for t in case.tensors()[3:]]
         op.eager(*case.tensors()[:3], *wide, *case.numbers())
-    elif backend == "emu":
-        return emulate(case, **emulation)
     else:
         case = Case(*(t.to(backend) for t in case.tensors()), case.settings)
         op.factored_adam(*case.tensors(), **{**SETTINGS, **case.settings})
     return tuple(t.cpu() for t in case.tensors()[:3])  # type: ignore[return-value]
-
-
-def emulate(case: Case, **options) -> tuple[Tensor, Tensor, Tensor]:
-    """The CUDA kernel's own source on fibers."""
-    import _emu
-
-    tensors = [t.contiguous() for t in case.tensors()]
-    pointers = tuple(t.data_ptr() for t in tensors)
-    _emu.factored_adam((*pointers, *case.param.shape, len(case.left)), *case.numbers(), **options)
-    return tuple(tensors[:3])  # type: ignore[return-value]
 
 
 def assert_right(backend: str, case: Case) -> None:
@@ -136,12 +125,12 @@ def test_forward(backend, name, dtype):
     assert_right(backend, samples(dtype)[name])
 
 
-def test_by_hand(backend):
+def test_by_hand(backend_or_reference):
     """Adam's first step is lr * sign(gradient), apart from eps."""
     zeros = torch.zeros(3, 2, 3)
     left, right = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, -4.0, 0.0]])
     case = Case(*zeros, left, right, torch.tensor(0.5), {"lr": 0.25, "step": 1})
-    param, exp_avg, exp_avg_sq = run(backend, case)
+    param, exp_avg, exp_avg_sq = run(backend_or_reference, case)
     gradient = torch.tensor([[1.5, -2.0, 0.0], [3.0, -4.0, 0.0]])
     torch.testing.assert_close(param, -0.25 * gradient.sign())
     torch.testing.assert_close(exp_avg, 0.1 * gradient)
@@ -160,7 +149,7 @@ def test_any_shape(backend, data):
 
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_agrees_with_torch_over_several_steps(backend, dtype, fused):
+def test_agrees_with_torch_over_several_steps(backend_or_reference, dtype, fused):
     """From zero moments, as training begins."""
     g = torch.Generator().manual_seed(0)
     start = torch.randn(30, 50, generator=g).to(dtype)
@@ -171,7 +160,7 @@ def test_agrees_with_torch_over_several_steps(backend, dtype, fused):
     for step in range(1, 6):
         case.left, case.right = torch.randn(4, 30, generator=g), torch.randn(4, 50, generator=g)
         case.settings = {"step": step}
-        case.param, case.exp_avg, case.exp_avg_sq = run(backend, case)
+        case.param, case.exp_avg, case.exp_avg_sq = run(backend_or_reference, case)
         theirs.grad = (0.25 * case.left.to(dtype).T @ case.right.to(dtype)).detach()
         adam.step()
     rtol, atol = (1e-9, 1e-10) if dtype == torch.float64 else (1e-4, 2e-6)
@@ -452,24 +441,6 @@ def test_every_cpu_level(level):
     )
     environment = {**os.environ, "PYMEND_CPU": level, "PYMEND_KERNELS": "all"}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
-
-
-class TestEmulation:
-    """Schedules and block sizes; an element's sum has one order, so all are bit-equal."""
-
-    @pytest.mark.parametrize("block", [32, 64, 256])
-    def test_schedules_and_block_sizes_are_bit_equal(self, block):
-        pytest.importorskip("_emu", reason="the emulation module is not built")
-        case = make_case(torch.float32, 67, 101, 35)  # tails everywhere, three stages
-        plain = run("emu", case, block=32)
-        for order, seed in (("forward", 0), ("reversed", 0), ("random", 1), ("random", 2)):
-            assert_same(run("emu", case, block=block, order=order, seed=seed), plain)
-
-    def test_arguments_are_refused(self):
-        pytest.importorskip("_emu", reason="the emulation module is not built")
-        for options, message in (({"block": 48}, "block is 48"), ({"order": "up"}, "schedule is")):
-            with pytest.raises(ValueError, match=message):
-                run("emu", make_case(torch.float32, 2, 2, 1), **options)
 
 
 @needs_binary

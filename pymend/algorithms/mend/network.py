@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pymend.algorithms.mend.moments import RunningMoments
 from pymend.config import MendConfig
 from pymend.ops.apply_edit import Group
-from pymend.ops.editor_stream import Layer, editor_stream
+from pymend.ops.editor_mlp import Layer, editor_mlp
 from pymend.ops.moments import joined
 
 
@@ -45,14 +45,7 @@ class LowRankLayer(nn.Module):
 
     def plain(self) -> Layer:
         """The same as detached tensors, which share this layer's memory."""
-        return Layer(
-            self.v.detach(),
-            self.u.detach(),
-            self.bias.detach(),
-            None if self.scale is None else self.scale.detach(),
-            None if self.shift is None else self.shift.detach(),
-            self.residual,
-        )
+        return self.operands().map(Tensor.detach)
 
 
 class EditorNet(nn.Module):
@@ -140,4 +133,4 @@ def _plain(layers: nn.ModuleList | None) -> tuple[Layer, ...]:
 
 def _through(layers: nn.ModuleList, z: Tensor, mode: Tensor) -> Tensor:
     """z [n, d], mode [n] int64 -> [n, d]."""
-    return editor_stream(z, [cast(LowRankLayer, layer).operands() for layer in layers], mode)
+    return editor_mlp(z, [cast(LowRankLayer, layer).operands() for layer in layers], mode)

@@ -3,9 +3,10 @@
 A new op adds one function here, named after its module in ``pymend/ops``. It yields cases whose
 rivals are, in this order: torch's way, the same as a graph, ours, ours as a graph. "ours graph"
 must not wait for the device and must run on the caller's stream: the stage ``stream`` checks both.
+From ``benchmarks/``:
 
-    python benchmarks/gpu_ops.py --tiny [--cpu]     # every op once at small sizes, for sanitizers
-    python benchmarks/gpu_ops.py --profile [--cpu]  # "ours graph" at full size, for ncu
+    python -m gpu.ops --tiny [--cpu]     # every op once at small sizes, for sanitizers
+    python -m gpu.ops --profile [--cpu]  # "ours graph" at full size, for ncu
 """
 
 from __future__ import annotations
@@ -24,18 +25,17 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import gpu_run
 import torch
-from gpu_run import Case, Device, Operands, Run, Skipped, compare_all, error
 from torch import Tensor
+
+from gpu import measure
+from gpu.measure import Case, Device, Operands, Run, Skipped, compare_all, error
 
 OURS = "ours graph"
 SHAPES = {"GPT-J 6B": (4096, 16384), "GPT-2 small": (768, 3072)}  # d, f of three blocks' MLPs
 RANK = 1920
 MANY = 64  # rows: with more, an update's own form in torch is timed too
 VOCABULARY = 50400
-ADAM = {"lr": 1e-4, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
-CLIP = 100.0
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,8 @@ def editor_mlp(sizes: Sizes) -> Iterator[Case]:
 
                 def layer(function: Any) -> list[Tensor]:
                     with torch.set_grad_enabled(backward):
-                        y = function(*leaves, mode, True)
+                        x, *parameters = leaves
+                        y = function(x, [module.Layer(*parameters, residual=True)], mode)
                         if not backward:
                             return [y]
                         return list(torch.autograd.grad(y, leaves, grad))
@@ -214,96 +215,6 @@ def editor_mlp(sizes: Sizes) -> Iterator[Case]:
             flops = passes * 4 * rows * width * rank
             # A row whose sum rounds to the other side of 0 has another gradient.
             yield Case(label, make, size, passes * size, flops, 1e-2 if backward else 1e-4)
-
-
-@op
-def editor_stream(sizes: Sizes) -> Iterator[Case]:
-    """Both layers for few rows, forward; torch: four products and their epilogues."""
-    module = present()["editor_stream"]
-    for model, (d, f) in SHAPES.items():
-        width, rank = sizes.of(d) + sizes.of(f), sizes.of(RANK)
-        for dtype in (torch.bfloat16, torch.float32):
-            for rows in (8, 32, module.MOST_ROWS):
-
-                def make(
-                    seed: int,
-                    width: int = width,
-                    rank: int = rank,
-                    rows: int = rows,
-                    dtype: torch.dtype = dtype,
-                ) -> Operands:
-                    torch.manual_seed(seed)
-
-                    def layer() -> Any:
-                        v = sizes.randn(rank, width) / width**0.5
-                        u = sizes.randn(width, rank) / rank**0.5
-                        bias, shift = 0.1 * sizes.randn(width), 0.1 * sizes.randn(3, width)
-                        scale = 1 + 0.1 * sizes.randn(3, width)
-                        of = (t.to(dtype) for t in (v, u, bias, scale, shift))
-                        return module.Layer(*of, residual=True)
-
-                    x, layers = sizes.randn(rows, width, dtype=dtype), [layer(), layer()]
-                    mode = torch.arange(rows, device=sizes.device) % 3
-
-                    def stack(function: Any) -> list[Tensor]:
-                        return [function(x, layers, mode)]
-
-                    eager, own = (partial(stack, g) for g in (module.eager, module.editor_stream))
-                    rivals = {"torch": eager, "torch graph": eager, "ours": own, OURS: own}
-                    return Operands([], rivals)
-
-                size = 4 * width * rank * dtype.itemsize
-                label = {"op": "editor_stream", "model": model, "N": rows, "dtype": _name(dtype)}
-                flops = 8 * rows * width * rank
-                tolerance = 2e-2 if dtype.itemsize == 2 else 1e-4
-                yield Case(label, make, size, size, flops, tolerance)
-
-
-@op
-def factored_adam(sizes: Sizes) -> Iterator[Case]:
-    """Gradient, clip and Adam of one editor matrix from its factors (G7), 1 and 10 micro-steps."""
-    module = present()["factored_adam"]
-    d, r, n = sizes.of(4096) + sizes.of(16384), sizes.of(RANK), 3 * sizes.of(32)
-    for steps in (1, 10):
-
-        def make(seed: int, steps: int = steps) -> Operands:
-            torch.manual_seed(seed)
-            p, m = sizes.randn(d, r), 0.01 * sizes.randn(d, r)
-            v = 0.01 * torch.rand(d, r, device=sizes.device)
-            left = [sizes.randn(n, d) for _ in range(steps)]
-            right = [sizes.randn(n, r) for _ in range(steps)]
-            one = torch.ones((), device=sizes.device)
-            step = 10 * one
-            grad = torch.empty_like(p)
-
-            def dense() -> list[Tensor]:
-                grad.zero_()
-                for a, b in zip(left, right, strict=True):
-                    grad.addmm_(a.t(), b)
-                grad.mul_((CLIP / (grad.norm() + 1e-6)).clamp(max=1))
-                options = {"weight_decay": 0.0, "amsgrad": False, "maximize": False}
-                torch._fused_adam_([p], [grad], [m], [v], [], [step], **ADAM, **options)
-                return [p, m, v]
-
-            def factored(norm: Any) -> list[Tensor]:
-                a, b = torch.cat(left), torch.cat(right)
-                scale = torch.minimum(one, CLIP / (norm(a, b) + 1e-6)).float()
-                module.factored_adam(p, m, v, a, b, scale, **ADAM, step=10)
-                return [p, m, v]
-
-            def gram(a: Tensor, b: Tensor) -> Tensor:
-                """The op's norm without its test for cancellation, which waits."""
-                return ((a @ a.t()).double() * (b @ b.t())).sum().sqrt()
-
-            rivals = {"addmm, clip, fused Adam": dense, "addmm, clip, fused Adam graph": dense}
-            ours = {"ours": partial(factored, module.gram_norm), OURS: partial(factored, gram)}
-            return Operands([p, m, v], {**rivals, **ours})
-
-        label = {"op": "factored_adam", "model": "GPT-J 6B", "N": 32, "dtype": "float32"}
-        label["what"] = f"acc {steps}"
-        size, flops = 3 * d * r * 4, 2 * steps * n * d * r
-        # torch's float32 norm of so large a gradient was 2e-4 off on a CPU.
-        yield Case(label, make, size, 2 * size, flops, 2e-3)
 
 
 @op
@@ -337,7 +248,7 @@ def token_losses(sizes: Sizes) -> Iterator[Case]:
 @op
 def apply_edit(sizes: Sizes) -> Iterator[Case]:
     """The whole edit of GPT-2's six matrices; torch: all rows of a shape together, ``addmm_``."""
-    import gpu_edit
+    from gpu import edit as gpu_edit
 
     module, model = present()["apply_edit"], "GPT-2 small"
     dry = sizes.shrink > 1
@@ -395,7 +306,7 @@ def ceilings(run: Run) -> None:
     n, elements = (64, 2**16) if run.dry else (8192, 2**30)
     source = torch.randn(elements, device=device.name)
     target = torch.empty_like(source)
-    copy = gpu_run.timed(device, {"copy": [partial(target.copy_, source)]})["copy"]
+    copy = measure.timed(device, {"copy": [partial(target.copy_, source)]})["copy"]
     run.save(copy=2 * source.nbytes / copy["seconds"], spreads={})
     del source, target
     device.free()
@@ -409,7 +320,7 @@ def ceilings(run: Run) -> None:
         left, right = a.to(dtype), b.to(dtype)
         torch.set_float32_matmul_precision(precision)
         try:
-            result = gpu_run.timed(device, {name: [partial(torch.matmul, left, right)]})[name]
+            result = measure.timed(device, {name: [partial(torch.matmul, left, right)]})[name]
         finally:
             torch.set_float32_matmul_precision(former)
         spreads = {**run.data["spreads"], name: result["spread"]}
@@ -479,7 +390,7 @@ def sanitizers(run: Run) -> None:
     tool = None if run.dry else shutil.which("compute-sanitizer")
     if not (tool or run.dry):
         raise Skipped("compute-sanitizer was not found")
-    script = [sys.executable, "benchmarks/gpu_ops.py", "--tiny", *["--cpu"] * run.dry]
+    script = [sys.executable, "-m", "gpu.ops", "--tiny", *["--cpu"] * run.dry]
 
     def check(name: str) -> None:
         prefix = [tool, "--tool", name, "--error-exitcode", "9"] if tool else []
@@ -488,7 +399,7 @@ def sanitizers(run: Run) -> None:
         logged = replace(run, stage=name)
         logged.command(*prefix, *script, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
 
-    names = gpu_run.SANITIZERS[: 1 if run.dry else None]
+    names = measure.SANITIZERS[: 1 if run.dry else None]
     with ThreadPoolExecutor() as pool:
         checks = {name: pool.submit(check, name) for name in names}
         for name, done in checks.items():
@@ -514,7 +425,7 @@ def counters(run: Run) -> None:
     tool = None if run.dry else shutil.which("ncu")
     if not (tool or run.dry):
         raise Skipped("ncu was not found")
-    script = [sys.executable, "benchmarks/gpu_ops.py", "--profile", *["--cpu"] * run.dry]
+    script = [sys.executable, "-m", "gpu.ops", "--profile", *["--cpu"] * run.dry]
     prefix = (
         [tool, "--clock-control", "none", "--profile-from-start", "off", "--csv"] if tool else []
     )
@@ -562,5 +473,5 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    gpu_run.stand_in_for_transformers()
+    measure.stand_in_for_transformers()
     main(sys.argv[1:])

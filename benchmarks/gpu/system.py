@@ -13,13 +13,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import gpu_run
 import harness
 import torch
 import transformers
-from gpu_run import Call, Device, Run, error, in_tf32
 from official_order import OfficialOrder
 
+from gpu import measure
+from gpu.measure import Call, Device, Run, error, in_tf32
 from pymend.algorithms.mend.mend import Mend
 from pymend.config import MendConfig, TrainConfig
 from pymend.engine.hooks import frozen
@@ -220,7 +220,7 @@ def system(run: Run) -> None:
             model = build(name, dtype, device, run.dry)
             for what, (call, count) in calls_of(model, device, amounts).items():
                 peak = device.peak(call)
-                result = gpu_run.timed(device, {what: [call]}, limit=LIMIT)[what]
+                result = measure.timed(device, {what: [call]}, limit=LIMIT)[what]
                 row = {"model": name, "side": side, "what": what, "peak bytes": peak, **result}
                 rows.append({**row, "per second": count / result["seconds"]})
                 run.save(rows=rows)

@@ -1,6 +1,6 @@
 """Tables and a roofline plot from the results of a GPU run.
 
-    python benchmarks/roofline.py FOLDER     # writes roofline.md and roofline.png beside gpu.json
+    python benchmarks/gpu/roofline.py FOLDER  # writes roofline.md and roofline.png beside gpu.json
 
 Predictions were written down before any run (``predictions.json``). Floors use the ceilings that
 the same run measured.

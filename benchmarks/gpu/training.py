@@ -12,9 +12,9 @@ import time
 from pathlib import Path
 
 import torch
-from gpu_run import Device, Run, Skipped
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from gpu.measure import Device, Run, Skipped
 from pymend import Mend, MendConfig, TrainConfig, Trainer, evaluate
 from pymend.data.readers import load_records
 

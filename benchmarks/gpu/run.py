@@ -39,10 +39,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import gpu_run
-import roofline
 import torch
-from gpu_run import ROOT, Device, Run, Skipped, write
+
+from gpu import measure, roofline
+from gpu.measure import ROOT, Device, Run, Skipped, write
 
 FORMAT = 1
 PLAN = 540.0  # seconds
@@ -68,23 +68,23 @@ class Stage:
 
 
 STAGES = (
-    Stage("gpu:manifest", 20, checks=True),  # and the first import of torch
-    Stage("gpu:build", 45, checks=True),
-    Stage("gpu_ops:ceilings", 5),
-    Stage("gpu_ops:stream", 10, checks=True),
-    Stage("gpu:tests", 40, checks=True, needs=("pytest", "hypothesis", "transformers")),
-    Stage("gpu_ops:sanitizers", 70, checks=True),
-    Stage("gpu_ops:ops", 80, checks=True),
-    Stage("gpu_edit:edit", 80, checks=True),
-    Stage("gpu_system:system", 75, needs=("transformers",)),
-    Stage("gpu_edit:compiled", 60),
-    Stage("gpu_ops:counters", 45),
-    Stage("gpu_training:training", 5, needs=("transformers",)),  # where there is a model: more
+    Stage("gpu.run:manifest", 20, checks=True),  # and the first import of torch
+    Stage("gpu.run:build", 45, checks=True),
+    Stage("gpu.ops:ceilings", 5),
+    Stage("gpu.ops:stream", 10, checks=True),
+    Stage("gpu.run:tests", 40, checks=True, needs=("pytest", "hypothesis", "transformers")),
+    Stage("gpu.ops:sanitizers", 70, checks=True),
+    Stage("gpu.ops:ops", 80, checks=True),
+    Stage("gpu.edit:edit", 80, checks=True),
+    Stage("gpu.system:system", 75, needs=("transformers",)),
+    Stage("gpu.edit:compiled", 60),
+    Stage("gpu.ops:counters", 45),
+    Stage("gpu.training:training", 5, needs=("transformers",)),  # where there is a model: more
 )
 DROPPED = ("counters", "compiled", "sanitizers", "system", "ops", "edit", "tests")
 WORKERS = 6  # of the tests: most of their time is the host's
 LOADED = "from pymend import build_info, has_kernels; assert has_kernels(); print(build_info())"
-LOGS = ("build", "tests", *gpu_run.SANITIZERS, "counters")
+LOGS = ("build", "tests", *measure.SANITIZERS, "counters")
 
 
 # -- stages --------------------------------------------------------------------------------------
@@ -256,7 +256,7 @@ def seen() -> str:
 def preload() -> list[str]:
     """Import what the stages need, once, and touch no device; the packages that are missing."""
     missing = [name for name in ("pytest", "hypothesis") if find_spec(name) is None]
-    if gpu_run.stand_in_for_transformers():
+    if measure.stand_in_for_transformers():
         return [*missing, "transformers"]
     from transformers import AutoModelForCausalLM, PreTrainedModel  # noqa: F401
 

@@ -21,10 +21,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from gpu_run import Call, Case, Device, Operands, Run, compare_all, in_tf32
 from official_order import OfficialOrder
 from torch import Tensor
 
+from gpu.measure import Call, Case, Device, Operands, Run, compare_all, in_tf32
 from pymend import reference as ref
 from pymend.algorithms.mend.editor import Editor
 from pymend.config import MendConfig

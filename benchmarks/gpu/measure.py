@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CALLS = 20  # calls or replays between two events, fewer if they take longer than BETWEEN
 BETWEEN = 0.02  # seconds
 SLOW = 0.2  # seconds of a call that is not tried out again before it is timed

@@ -1,0 +1,1 @@
+"""Everything about one GPU in one command: ``make gpu OUT=folder``."""
