@@ -20,7 +20,7 @@ from test_evaluation import evaluate_module
 from test_mini import tiny
 
 from pymend.algorithms.registry import load_editor
-from pymend.cli import main
+from pymend.commands import main
 from pymend.config import CacheConfig, FineTuneConfig, MendConfig
 from pymend.data.builders import Splits, fact_claims, fact_questions
 from pymend.data.builders.questions import question_wordings

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import LogitsProcessor, PreTrainedModel
 
 from pymend.engine.hooks import frozen
 from pymend.engine.losses import class_logits
 from pymend.engine.tokens import Batch, Encoder, Row
+from pymend.progress import tqdm
 
 TOP = 50  # likeliest tokens of which one is drawn: the default of transformers, too
 TOGETHER = 32  # prompts that are sampled in one pass
