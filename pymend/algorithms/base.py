@@ -18,7 +18,7 @@ from pymend.edit import BaseEdit, Outcome
 from pymend.engine.hooks import frozen
 from pymend.engine.losses import hits_rows, mean_of_seen
 from pymend.engine.replay import Replay
-from pymend.engine.tokens import Batch, Encoder, Row
+from pymend.engine.tokens import Encoder, Row
 from pymend.models.structure import EditedWeight
 
 E = TypeVar("E", bound=BaseEdit)
@@ -182,7 +182,7 @@ def _outcomes(
     replay: Replay, edit: BaseEdit, requests: list[EditRequest], rows: list[Row], encoder: Encoder
 ) -> tuple[Outcome, ...]:
     """Look at every request before and after the edit."""
-    batch = Batch.of(rows, replay.device)
+    batch = replay.batch(rows)
     n = len(rows)
     looks = []
     with torch.no_grad():

@@ -25,7 +25,7 @@ from pymend.config import CacheConfig, to_json
 from pymend.edit import BaseEdit, Outcome, check_fingerprint, fingerprint, split_episodes
 from pymend.engine.hooks import forward_hooks
 from pymend.engine.replay import Replay
-from pymend.engine.tokens import IGNORE, Batch, Row
+from pymend.engine.tokens import IGNORE, Row
 from pymend.errors import NonFiniteError
 from pymend.models.structure import EditedWeight, find_blocks, find_weights, stacks
 
@@ -127,7 +127,7 @@ class Cache(Algorithm[OutputEdit]):
         Raises:
             NonFiniteError: a hidden state is not finite.
         """
-        batch = Batch.of(rows, replay.device)
+        batch = replay.batch(rows)
         means: list[Tensor] = []
 
         def keep(found: Tensor, logits: Tensor) -> Tensor:

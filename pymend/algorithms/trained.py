@@ -259,12 +259,13 @@ def edit_gradient(
     Raises:
         NonFiniteError: a captured row is not finite.
     """
-    batch = Batch.of(rows, replay.device)
+    batch = replay.batch(rows)
     size = len(rows) // episodes if batch_mean else 1
     with capture(replay.model, weights, second_order) as tape:
         look = replay.label_rows(batch).losses(batch.target, second_order=second_order)
         means = mean_of_seen(look.nll, batch.target, batch.row // size, len(rows) // size)
-        return tape.backward(means.sum(), episodes), look.best
+        shapes = {tuple(x.shape) for x in batch.inputs.values()}
+        return tape.backward(means.sum(), episodes, shapes), look.best
 
 
 def load_state(module: nn.Module, tensors: Mapping[str, Tensor], where: Path) -> None:

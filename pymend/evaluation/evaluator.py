@@ -229,7 +229,7 @@ class ChunkScores:
     def _look(self, edit: BaseEdit, groups: Sequence[Sequence[Row]]) -> list[list[_RowLook]]:
         """Run equal groups of rows unedited and each under its own edit."""
         rows = [row for group in groups for row in group]
-        batch = Batch.of(rows, self.replay.device)
+        batch = self.replay.batch(rows)
         passes = []
         for context in (nullcontext(), edit.applied(self.replay.model)):
             with context:
