@@ -59,14 +59,15 @@ class Tape:
 
     def _check_whole(self, shapes: Collection[tuple[int, ...]]) -> None:
         """Refuse modules whose inputs cannot be told apart by episode."""
-        flat = {n for rows, *rest in shapes for n in (rows, rows * math.prod(rest))}
+        count = {rows for rows, *_ in shapes}  # one number
+        flat = count | {math.prod(shape) for shape in shapes}
         for name, inputs in self._inputs.items():
             for x in inputs:
-                whole = len(x) in flat if x.dim() == 2 else tuple(x.shape[:2]) in shapes
+                whole = len(x) in (flat if x.dim() == 2 else count)
                 if not whole:
                     raise ValueError(
-                        f"the module of {name} is given some of the tokens, {tuple(x.shape)}, as "
-                        "experts are, so several edits in one pass would be mixed; edit facts one "
+                        f"the module of {name} is given {tuple(x.shape)}, not text after text (as "
+                        "experts and layers that put time first are), so edits would be mixed; edit facts one "
                         "by one (training: accumulate as large as batch_size), or other weights"
                     )
 
@@ -86,19 +87,33 @@ class Tape:
                 anything else is refused if there are several episodes.
 
         Raises:
-            RuntimeError: an edited module was not called.
-            ValueError: an edited module was called with some of the tokens.
+            ValueError: an edited module was not called, was called with some of the tokens, or has
+                no part in the loss.
             NonFiniteError: a live row is not finite.
         """
         probes = [p for w in self.weights for p in self._probes[w.name]]
         missing = [w.name for w in self.weights if not self._probes[w.name]]
         if missing:
-            raise RuntimeError(f"the forward pass never called the module of {missing[0]}")
+            raise ValueError(
+                f"{missing[0]} has no part in this text: its module was not called, as of an "
+                "expert that was not chosen or of attention to an encoder that is not there; edit "
+                "other weights"
+            )
         if shapes and episodes > 1:
             self._check_whole(shapes)
         scale = HALF_SCALE if any(p.dtype == torch.float16 for p in probes) else 1.0
         with torch.enable_grad():
-            grads = iter(torch.autograd.grad(loss * scale, probes, create_graph=self.second_order))
+            found = torch.autograd.grad(
+                loss * scale, probes, create_graph=self.second_order, allow_unused=True
+            )
+        owners = [w.name for w in self.weights for _ in self._probes[w.name]]
+        for name, grad in zip(owners, found, strict=True):
+            if grad is None:
+                raise ValueError(
+                    f"what the model says does not depend on the output of {name} in a way that "
+                    "can be differentiated; edit other weights"
+                )
+        grads: Iterator[Any] = iter(found)
         rows = {}
         for w in self.weights:
             # A module called several times contributes the rows of all its calls.

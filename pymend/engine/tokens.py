@@ -204,11 +204,18 @@ class Encoder:
             ValueError: ``chat`` for a model or tokenizer that has no chat template.
         """
         config: Any = model.config
-        limit = getattr(config, "max_position_embeddings", None) or 0
-        if getattr(config, "is_encoder_decoder", False):
-            return SequenceEncoder(tokenizer, limit, config.decoder_start_token_id, chat)
+        limit = getattr(config.get_text_config(), "max_position_embeddings", None) or 0
+        limit = limit if isinstance(limit, int) and limit > 0 else 0  # XLNet has -1: none
         if model.get_output_embeddings() is None:  # type: ignore[operator]
             return ClassEncoder(tokenizer, limit, config.num_labels, config.label2id, chat)
+        if getattr(config, "is_encoder_decoder", False):
+            start = config.decoder_start_token_id
+            if start is None:
+                raise ValueError(
+                    f"{type(model).__name__} does not say what its decoder starts from; set "
+                    "model.config.decoder_start_token_id"
+                )
+            return SequenceEncoder(tokenizer, limit, start, chat)
         return Encoder(tokenizer, limit, chat)
 
     def row(self, prompt: str, target: str | None = None) -> Row:
