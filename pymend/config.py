@@ -5,10 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
+import unicodedata
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 FORMAT_VERSION = 1  # of every JSON file this package writes
+# Han, kana and their punctuation, Thai, Lao, Burmese, Khmer: scripts without spaces between words.
+UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u312f\u31a0-\u9fff\uf900-\ufaff"
+    "\uff00-\uffef\U00020000-\U000323af]"
+)
+CLOSING = re.compile(r"[.,;:!?\u2026](?!\w)")  # not the dot of ".NET"
 
 T = TypeVar("T")
 
@@ -28,8 +36,10 @@ class Probe:
 class EditRequest:
     """One fact to change, with what is needed to train on it and to judge it.
 
-    Only ``prompt`` and ``target`` are needed to edit. ``target`` carries no leading space; it is
-    joined to the prompt by one (see ``pymend.engine.tokens``).
+    Only ``prompt`` and ``target`` are needed to edit. ``joint`` is what stands between the two (and
+    between a rephrase and the target): None chooses nothing or a space by what meets at the seam,
+    where stray spaces count for nothing (:func:`joint_of`); a text of your own stands there as it
+    is.
     """
 
     prompt: str
@@ -39,6 +49,7 @@ class EditRequest:
     rephrases: tuple[str, ...] = ()
     locality: tuple[Probe, ...] = ()
     portability: tuple[Probe, ...] = ()
+    joint: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The JSONL record of this request; empty optional fields are left out."""
@@ -48,6 +59,26 @@ class EditRequest:
             if name in kept:
                 kept[name] = [{k: v for k, v in p.items() if v is not None} for p in kept[name]]
         return kept
+
+
+def joint_of(prompt: str, target: str) -> str:
+    """What stands between a prompt and its target, where nobody says: a space or nothing.
+
+    Nothing behind white space, an opening bracket or quote, before white space or closing
+    punctuation, and where either side of the seam is of a script without spaces.
+    """
+    before, after = prompt[-1:], target[:1]
+    if not before or not after:
+        return ""
+    kinds = unicodedata.category(before), unicodedata.category(after)
+    opening = kinds[0] == "Ps" or (
+        (before in "\"'`" or kinds[0] in ("Pi", "Pf"))
+        and not re.search(r"[\w.,;:!?)\]}].\Z", prompt)  # behind a word a quote closes
+    )
+    closing = kinds[1] in ("Pe", "Pf") or CLOSING.match(target)
+    unspaced = UNSPACED.match(before) or UNSPACED.match(after)
+    spaced = before.isspace() or after.isspace()
+    return "" if opening or closing or unspaced or spaced else " "
 
 
 def setting(default: T, help: str) -> T:

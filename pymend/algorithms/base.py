@@ -110,7 +110,7 @@ class Algorithm(ABC, Generic[E]):
             model: it is not changed.
             tokenizer: the model's own.
             requests: a prompt, whose new answer is ``target``; or requests, of which only
-                ``prompt`` and ``target`` are used.
+                ``prompt``, ``target`` and ``joint`` are used.
             chat: put prompts through the tokenizer's chat template.
 
         Returns:
@@ -148,7 +148,7 @@ class Algorithm(ABC, Generic[E]):
         if joint:
             self.expect(len(requests))
         encoder = Encoder.for_model(model, tokenizer, chat)
-        rows = [encoder.row(r.prompt, r.target) for r in requests]
+        rows = [encoder.row(r.prompt, r.target, r.joint) for r in requests]
         known = self.prepare(model)
         with frozen(model):
             replay = self.replay(model)

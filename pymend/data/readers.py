@@ -2,7 +2,7 @@
 
 A file is a JSON array of objects, JSONL (one object per line), or a Parquet table. Its format is
 recognised by the fields of its first record and written to the log. White space around texts is
-removed.
+removed; our own JSONL is taken as it is, like a request in Python.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,14 @@ logger = logging.getLogger("pymend")
 
 @dataclass(frozen=True)
 class RawRow:
-    """One object of a file. ``where`` names the file and the place in it, for errors."""
+    """One object of a file. ``where`` names the file and the place in it, for errors.
+
+    ``verbatim``: white space around its texts stays.
+    """
 
     where: str
     values: dict[str, Any]
+    verbatim: bool = False
 
     def text(self, name: str) -> str:
         """A field that must hold a text."""
@@ -44,30 +48,30 @@ class RawRow:
             return None
         if not isinstance(value, str):
             raise ValueError(f"{self.where}: field {name!r} must be a text, got {value!r}")
-        return value.strip() or None
+        return (value if self.verbatim else value.strip()) if value.strip() else None
 
     def answer(self, name: str) -> str | None:
         """An optional text that may be wrapped in lists of alternatives; the first one counts."""
         value = self.values.get(name)
         while isinstance(value, list):
             value = value[0] if value else None
-        return RawRow(self.where, {name: value}).optional(name)
+        return self._of(name, value).optional(name)
 
     def texts(self, name: str) -> tuple[str, ...]:
         """A list of texts; empty when the field is absent."""
-        items = enumerate(self._list(name))
-        return tuple(RawRow(self.where, {f"{name}[{i}]": v}).text(f"{name}[{i}]") for i, v in items)
+        items = [(f"{name}[{i}]", v) for i, v in enumerate(self._list(name))]
+        return tuple(self._of(place, v).text(place) for place, v in items)
 
-    def atomic_dir(self, name: str) -> tuple[str, ...]:
+    def filled(self, name: str) -> tuple[str, ...]:
         """The texts of a list that models wrote, who may have left some blank: those are not."""
-        items = enumerate(self._list(name))
-        texts = (RawRow(self.where, {f"{name}[{i}]": v}).optional(f"{name}[{i}]") for i, v in items)
+        items = [(f"{name}[{i}]", v) for i, v in enumerate(self._list(name))]
+        texts = (self._of(place, v).optional(place) for place, v in items)
         return tuple(text for text in texts if text)
 
     def rows(self, name: str) -> list[RawRow]:
         """A list of JSON objects; empty when the field is absent."""
         items = enumerate(self._list(name))
-        return [_row(f"{self.where}, {name}[{i}]", value) for i, value in items]
+        return [_row(f"{self.where}, {name}[{i}]", value, self.verbatim) for i, value in items]
 
     def groups(self, name: str) -> list[RawRow]:
         """The objects of an object of named lists, one list after the other."""
@@ -76,6 +80,10 @@ class RawRow:
             return []
         groups = _row(f"{self.where}, field {name!r}", value)
         return [row for group in groups.values for row in groups.rows(group)]
+
+    def _of(self, name: str, value: Any) -> RawRow:
+        """A row with this one value."""
+        return replace(self, values={name: value})
 
     def _list(self, name: str) -> list[Any]:
         value = self.values.get(name)
@@ -86,10 +94,10 @@ class RawRow:
         return value
 
 
-def _row(where: str, value: Any) -> RawRow:
+def _row(where: str, value: Any, verbatim: bool = False) -> RawRow:
     if not isinstance(value, dict):
         raise ValueError(f"{where}: must be a JSON object, got {value!r}")
-    return RawRow(where, value)
+    return RawRow(where, value, verbatim)
 
 
 def _only(row: RawRow, cls: type) -> None:
@@ -111,6 +119,10 @@ def _own(row: RawRow) -> EditRequest:
         return tuple(Probe(r.text("prompt"), r.optional("answer")) for r in rows)
 
     _only(row, EditRequest)
+    row = replace(row, verbatim=True)
+    joint = row.values.get("joint")
+    if not isinstance(joint, str | None):
+        raise ValueError(f"{row.where}: field 'joint' must be a text, got {joint!r}")
     return EditRequest(
         prompt=row.text("prompt"),
         target=row.text("target"),
@@ -119,6 +131,7 @@ def _own(row: RawRow) -> EditRequest:
         rephrases=row.texts("rephrases"),
         locality=probes("locality"),
         portability=probes("portability"),
+        joint=joint,
     )
 
 

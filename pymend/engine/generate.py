@@ -76,7 +76,7 @@ def continuations(
     """A continuation of every prompt by ``tokens`` tokens, each one of the ``TOP`` likeliest.
 
     They are drawn at temperature 1. It starts a new word, has no special tokens, and reads back:
-    joined to the prompt as any target is, it has the tokens that were sampled. What does not is
+    joined to the prompt by a space, it has the tokens that were sampled. What does not is
     drawn again; None after some attempts.
 
     Args:
@@ -162,7 +162,7 @@ def _read_back(encoder: Encoder, prompt: str, ids: Sequence[int], new: Sequence[
     text = encoder.text(torch.tensor(new)).strip()
     if not text:
         return None
-    return text if encoder.row(prompt, text).ids == (*ids, *new) else None
+    return text if encoder.row(prompt, text, " ").ids == (*ids, *new) else None
 
 
 def _vocabulary(tokenizer: Any, width: int) -> tuple[Tensor, Tensor]:

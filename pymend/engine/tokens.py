@@ -1,12 +1,16 @@
 """Text to token rows: the only place that knows how a prompt and its target are joined.
 
-Prompt and ``" " + target`` are tokenised apart and joined, so the prompt's tokens do not depend on
-the target. The tokenizer's own BOS stands once at the start; no EOS is added. Rows are padded on
-the right whatever the tokenizer's setting, so no result depends on the padding side.
+Prompt, joint and target are one text, and its tokens are those that the tokenizer makes of it, with
+its special tokens in front; what it puts behind a text (EOS) is left off, since an answer goes on.
+The tokens behind those of the prompt alone are the labels. Where the tokenizer would make one token
+across the seam, the prompt keeps its own tokens, from which a model goes on, and what follows has
+those it has as a continuation. Rows are padded on the right whatever the tokenizer's setting, so no
+result depends on the padding side.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,9 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pymend.config import EditRequest, Probe
+from pymend.config import EditRequest, Probe, joint_of
 
 IGNORE = -100  # target of a position that has no label
+
+STRAY = re.compile(r"(?<=\S) +$")  # spaces at the end of a text, no indentation
+ANCHORS = ("\n", "a", ".")  # behind one of these a text is a continuation
 
 
 @dataclass(frozen=True)
@@ -193,8 +200,7 @@ class Encoder:
         if chat and not getattr(tokenizer, "chat_template", None):
             raise ValueError("this tokenizer has no chat template; leave out chat")
         self.tokenizer, self.limit, self.chat = tokenizer, limit, chat
-        start = tokenizer("a").input_ids[:1]
-        self._bos = start if start and start[0] == tokenizer.bos_token_id else []
+        self._behind = _behind(tokenizer)
 
     @staticmethod
     def for_model(model: torch.nn.Module, tokenizer: Any, chat: bool = False) -> Encoder:
@@ -218,18 +224,32 @@ class Encoder:
             return SequenceEncoder(tokenizer, limit, start, chat)
         return Encoder(tokenizer, limit, chat)
 
-    def row(self, prompt: str, target: str | None = None) -> Row:
-        """Tokenise ``prompt`` joined to ``target``.
+    def row(self, prompt: str, target: str | None = None, joint: str | None = None) -> Row:
+        """Tokenise ``prompt``, ``joint`` and ``target`` as one text.
+
+        Args:
+            joint: what stands between them. None: :func:`joint_of`, once spaces at the end of the
+                prompt and around the target count for nothing; behind a chat template, nothing.
 
         Raises:
             ValueError: an empty prompt, a target without tokens, or a text beyond the context.
         """
-        ids = self._prompt(prompt)
+        _check_prompt(prompt)
+        if joint is None:
+            prompt, target = _tidy(prompt, target)
+        if self.chat:
+            prompt, joint = self._asked(prompt), joint or ""
+        elif joint is None:
+            joint = joint_of(prompt, target or "")
+        ids = self._ids(prompt)
+        if not ids:
+            raise ValueError(f"the prompt {prompt!r} has no tokens")
         if target is None:
             row = Row(tuple(ids), 0, answer=False)
         else:
-            joined = target if self.chat else f" {target}"
-            row = Row((*ids, *self._answer(prompt, target, joined)), len(ids) - 1)
+            answer = self._continued(prompt, ids, joint + target) if target.strip() else []
+            _check_answer(prompt, target, answer)
+            row = Row((*ids, *answer), len(ids) - 1)
         self._check_length(prompt, len(row.ids))
         return row
 
@@ -237,37 +257,35 @@ class Encoder:
         """What the predictions ``best`` [k] at a row's label positions say."""
         return str(self.tokenizer.decode(best))
 
-    def _prompt(self, prompt: str) -> list[int]:
-        """The tokens of a prompt, the tokenizer's own BOS in front.
+    def _asked(self, prompt: str) -> str:
+        """What the chat template makes of a question."""
+        turn = [{"role": "user", "content": prompt}]
+        text = self.tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+        return str(text)
+
+    def _ids(self, text: str) -> list[int]:
+        """The tokens of a text that goes on. A chat template brings its own special tokens."""
+        ids = list(self.tokenizer(text, add_special_tokens=not self.chat).input_ids)
+        behind = 0 if self.chat else self._behind
+        return ids[: len(ids) - behind]
+
+    def _continued(self, prompt: str, ids: list[int], text: str) -> list[int]:
+        """The tokens of ``text`` behind those of ``prompt``.
 
         Raises:
-            ValueError: there are none.
+            ValueError: the tokenizer does not tell them from those of what stands before.
         """
-        _check_prompt(prompt)
-        if self.chat:
-            turn = [{"role": "user", "content": prompt}]
-            text = self.tokenizer.apply_chat_template(
-                turn, add_generation_prompt=True, tokenize=False
-            )
-            ids = self.tokenizer(text, add_special_tokens=False).input_ids
-        else:
-            ids = [*self._bos, *self.tokenizer(prompt, add_special_tokens=False).input_ids]
-        if not ids:
-            raise ValueError(f"the prompt {prompt!r} has no tokens")
-        return list(ids)
-
-    def _answer(self, prompt: str, target: str, text: str) -> list[int]:
-        """The tokens of ``text``, which is ``target`` as it stands behind the prompt.
-
-        Raises:
-            ValueError: there are none.
-        """
-        ids = self.tokenizer(text, add_special_tokens=False).input_ids
-        if not target.strip() or not ids:
-            raise ValueError(
-                f"the target {target!r} of prompt {prompt!r} has no tokens; give a word"
-            )
-        return list(ids)
+        whole = self._ids(prompt + text)
+        if whole[: len(ids)] == ids:
+            return whole[len(ids) :]
+        for anchor in ANCHORS:
+            before, both = self._ids(anchor), self._ids(anchor + text)
+            if both[: len(before)] == before:
+                return both[len(before) :]
+        raise ValueError(
+            f"this tokenizer joins the end of the prompt {prompt!r} with what follows, {text!r}; "
+            "give another joint"
+        )
 
     def _check_length(self, prompt: str, tokens: int) -> None:
         if self.limit and tokens > self.limit:
@@ -282,13 +300,13 @@ class Encoder:
 
     def request(self, request: EditRequest) -> EncodedRequest:
         """Tokenise everything in ``request``."""
-        old = request.ground_truth
+        old, joint = request.ground_truth, request.joint
         return EncodedRequest(
-            edit=self.row(request.prompt, request.target),
-            rephrases=tuple(self.row(text, request.target) for text in request.rephrases),
+            edit=self.row(request.prompt, request.target, joint),
+            rephrases=tuple(self.row(text, request.target, joint) for text in request.rephrases),
             locality=tuple(self.probe(p) for p in request.locality),
-            old=self.row(request.prompt, old) if old else None,
-            old_rephrases=tuple(self.row(text, old) for text in request.rephrases if old),
+            old=self.row(request.prompt, old, joint) if old else None,
+            old_rephrases=tuple(self.row(text, old, joint) for text in request.rephrases if old),
             portability=tuple(self.probe(p) for p in request.portability),
         )
 
@@ -321,16 +339,26 @@ class SequenceEncoder(Encoder):
         super().__init__(tokenizer, limit)
         self.start = start
 
-    def row(self, prompt: str, target: str | None = None) -> Row:
+    def row(self, prompt: str, target: str | None = None, joint: str | None = None) -> Row:
         """Source and answer; without a ``target``, the decoder's first position is looked at.
+
+        Args:
+            joint: what stands before the target. None: nothing, and spaces at the end of the prompt
+                and around the target count for nothing.
 
         Raises:
             ValueError: an empty prompt, a target without tokens, or a text beyond the context.
         """
-        source = _with_specials(self.tokenizer, prompt)
+        _check_prompt(prompt)
+        if joint is None:
+            prompt, target = _tidy(prompt, target)
+        source = self.tokenizer(prompt).input_ids
         ids = [self.start]
         if target is not None:
-            ids += [*self._answer(prompt, target, target), self.tokenizer.eos_token_id]
+            text = target.lstrip(" ") if joint is None else joint + target
+            answer = self.tokenizer(text, add_special_tokens=False).input_ids
+            _check_answer(prompt, target, answer)
+            ids += [*answer, self.tokenizer.eos_token_id]
         self._check_length(prompt, max(len(source), len(ids)))
         return Row(tuple(ids), 0, target is not None, tuple(source))
 
@@ -360,14 +388,18 @@ class ClassEncoder(Encoder):
         self.names = {i: name for name, i in own.items()}
         self.classes = {**{str(i): i for i in own.values()}, **own}
 
-    def row(self, prompt: str, target: str | None = None) -> Row:
+    def row(self, prompt: str, target: str | None = None, joint: str | None = None) -> Row:
         """The text, and its class if ``target`` names one.
 
         Raises:
-            ValueError: an empty prompt, a class that the model does not have, or a text beyond the
-                context.
+            ValueError: an empty prompt, a class that the model does not have, a ``joint``, or a
+                text beyond the context.
         """
-        ids = _with_specials(self.tokenizer, prompt)
+        _check_prompt(prompt)
+        if joint is not None:
+            raise ValueError(f"a classifier joins nothing to {prompt!r}; leave out joint")
+        prompt, target = _tidy(prompt, target)
+        ids = self.tokenizer(prompt).input_ids
         self._check_length(prompt, len(ids))
         if target is None:
             return Row(tuple(ids), answer=False, label=IGNORE)
@@ -384,15 +416,36 @@ class ClassEncoder(Encoder):
         return ", ".join(self.names[i] for i in best.tolist())
 
 
-def _with_specials(tokenizer: Any, prompt: str) -> list[int]:
-    """The tokens of a text as an encoder reads it: with the tokenizer's own frame."""
-    _check_prompt(prompt)
-    return list(tokenizer(prompt).input_ids)
+def _tidy(prompt: str, target: str | None) -> tuple[str, str | None]:
+    """Both without spaces at the seam that say nothing, and without spaces at the end.
+
+    Those behind a line break are an indentation and stay.
+    """
+    prompt = STRAY.sub("", prompt)
+    if target is None or not target.strip():
+        return prompt, target
+    return prompt, (target if prompt[-1:].isspace() else target.lstrip(" ")).rstrip(" ")
+
+
+def _behind(tokenizer: Any) -> int:
+    """How many special tokens a tokenizer puts behind a text."""
+    framed = list(tokenizer("a").input_ids)
+    plain = list(tokenizer("a", add_special_tokens=False).input_ids)
+    for behind in range(len(framed) - len(plain) + 1):
+        end = len(framed) - behind
+        if framed[end - len(plain) : end] == plain:
+            return behind
+    return 0
 
 
 def _check_prompt(prompt: str) -> None:
     if not prompt.strip():
         raise ValueError("the prompt is empty; give at least one word")
+
+
+def _check_answer(prompt: str, target: str, ids: Sequence[int]) -> None:
+    if not target.strip() or not ids:
+        raise ValueError(f"the target {target!r} of prompt {prompt!r} has no tokens; give a word")
 
 
 def _refuse_chat(chat: bool, kind: str) -> None:

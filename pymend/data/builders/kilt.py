@@ -40,7 +40,7 @@ def kilt_row(row: RawRow) -> KiltRow | None:
     return KiltRow(
         text=text,
         answers=answers,
-        alternatives=row.atomic_dir("alternatives"),
-        rephrases=tuple(r for r in row.atomic_dir("filtered_rephrases") if r != text),
+        alternatives=row.filled("alternatives"),
+        rephrases=tuple(r for r in row.filled("filtered_rephrases") if r != text),
         page=next(filter(None, titles), None),
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pymend.config import EditRequest, Probe, setting
+from pymend.config import EditRequest, Probe, joint_of, setting
 from pymend.data.builders.claims import statements
 from pymend.data.builders.sets import LOCALITY, SPLITS, Splits, ordered, partition
 from pymend.data.choices import draw, hashed, pick
@@ -110,7 +110,14 @@ def _records(
 
     return ordered(
         (
-            EditRequest(prompt, target, rephrases=tuple(rephrases), locality=locality(text))
+            EditRequest(
+                prompt,
+                target,
+                rephrases=tuple(rephrases),
+                locality=locality(text),
+                # A sample may begin with a comma, and was drawn behind a space all the same.
+                joint=None if joint_of(prompt, target) == " " else " ",
+            )
             for (text, (prompt, *rephrases)), target in zip(crops.items(), targets, strict=True)
             if target is not None
         ),
