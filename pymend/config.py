@@ -31,6 +31,9 @@ class Probe:
     prompt: str
     answer: str | None = None
 
+    def __post_init__(self) -> None:
+        _check_texts(self)
+
 
 @dataclass(frozen=True)
 class EditRequest:
@@ -39,7 +42,11 @@ class EditRequest:
     Only ``prompt`` and ``target`` are needed to edit. ``joint`` is what stands between the two (and
     between a rephrase and the target): None chooses nothing or a space by what meets at the seam,
     where stray spaces count for nothing (:func:`joint_of`); a text of your own stands there as it
-    is.
+    is. A ``{}`` in the prompt or a rephrase stands for the subject, if there is one and it does not
+    stand there already.
+
+    Raises:
+        ValueError: a text with half a character in it.
     """
 
     prompt: str
@@ -50,6 +57,14 @@ class EditRequest:
     locality: tuple[Probe, ...] = ()
     portability: tuple[Probe, ...] = ()
     joint: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_texts(self)
+        if self.subject:
+            # The way to set a field of a frozen object.
+            object.__setattr__(self, "prompt", filled_in(self.prompt, self.subject))
+            rephrases = tuple(filled_in(text, self.subject) for text in self.rephrases)
+            object.__setattr__(self, "rephrases", rephrases)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSONL record of this request; empty optional fields are left out."""
@@ -79,6 +94,37 @@ def joint_of(prompt: str, target: str) -> str:
     unspaced = UNSPACED.match(before) or UNSPACED.match(after)
     spaced = before.isspace() or after.isspace()
     return "" if opening or closing or unspaced or spaced else " "
+
+
+def filled_in(text: str, subject: str) -> str:
+    """A template with its ``{}`` replaced by ``subject``; any other text as it is."""
+    return text if subject in text else text.replace("{}", subject)
+
+
+def check_text(text: str, what: str) -> None:
+    """Refuse half a character, such as JSON writes for text that was cut inside an emoji.
+
+    Args:
+        what: names the text, for the error.
+
+    Raises:
+        ValueError: there is one.
+    """
+    half = re.search("[\ud800-\udfff]", text)
+    if half:
+        raise ValueError(
+            f"{what} holds half a character ({half.group()!a} in {text[:60]!a}), which is no text; "
+            "repair it"
+        )
+
+
+def _check_texts(values: Any) -> None:
+    """Refuse half a character in any text of a dataclass."""
+    for field in dataclasses.fields(values):
+        value = getattr(values, field.name)
+        for text in value if isinstance(value, tuple | list) else [value]:
+            if isinstance(text, str):
+                check_text(text, f"the {field.name}")
 
 
 def setting(default: T, help: str) -> T:

@@ -291,12 +291,406 @@ def test_formats_are_recognised_by_their_fields(tmp_path, caplog, name, record, 
     assert f"format {name}" in caplog.text and str(path) in caplog.text
 
 
+def test_our_own_records_are_read_as_they_are(tmp_path):
+    record = {
+        "prompt": " def f():\n    ",
+        "target": "return \n",
+        "rephrases": [" g "],
+        "locality": [{"prompt": " p ", "answer": " a"}],
+        "joint": " ",
+    }
+    [request] = load_records(write(tmp_path / "r.json", [record]))
+    assert request == EditRequest(
+        " def f():\n    ",
+        "return \n",
+        rephrases=(" g ",),
+        locality=(Probe(" p ", " a"),),
+        joint=" ",
+    )
+    [plain] = load_records(write(tmp_path / "r.json", [OWN | {"joint": ""}]))
+    assert plain.joint == "" and plain.to_dict() == OWN | {"joint": ""}
+
+
+PORTABILITY = {"Recalled Relation": "(Orrin)", "New Question": "Who?", "New Answer": "Nobody"}
+
+
+@pytest.mark.parametrize(
+    ("record", "name", "first"),
+    [
+        (COUNTERFACT, "rephrase_prompt", "On stage, Ada Byrne plays the"),
+        (ZSRE, "rephrase", "In what country is Lake Orrin?"),
+        (KNOWEDIT | {"rephrase": "Ada is from"}, "rephrase", "Ada is from"),
+    ],
+)
+def test_every_rephrase_and_the_portability_of_a_record_are_kept(tmp_path, record, name, first):
+    full = record | {name: [first, "", "Another"], "portability": PORTABILITY}
+    [request] = load_records(write(tmp_path / "r.json", [full]))
+    assert request.rephrases == (first, "Another")
+    assert request.portability == (Probe("Who?", "Nobody"),)
+    unanswered = full | {"portability": PORTABILITY | {"New Answer": None}}
+    [request] = load_records(write(tmp_path / "r.json", [unanswered]))
+    assert request.portability == ()
+
+
+def test_fields_that_are_not_read_are_named_once_a_file(tmp_path, caplog):
+    more = {"cond": "x", "hint": "a", "note": ["b"], "empty": "", "none": None}
+    path = write(tmp_path / "r.json", [ZSRE, ZSRE | more, ZSRE | more])
+    load_records(path)
+    warned = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert warned == [f"{path}: fields that are not used: hint, note"]
+
+
+def test_a_template_is_filled_in_with_its_subject(tmp_path, caplog):
+    filled = EditRequest("{} lies in", "Norway", subject="Orrin", rephrases=("In {} you are in",))
+    assert filled.prompt == "Orrin lies in" and filled.rephrases == ("In Orrin you are in",)
+    for record in (
+        {"prompt": "{} lies in", "target": "Norway", "subject": "Orrin"},
+        COUNTERFACT | {"prompt": "{} lies in", "subject": "Orrin"},
+        KNOWEDIT | {"prompt": "{} lies in", "subject": "Orrin"},
+        ZSRE | {"src": "{} lies in", "subject": "Orrin"},
+    ):
+        [request] = load_records(write(tmp_path / "r.json", [record]))
+        assert request.prompt == "Orrin lies in"
+    assert not [r for r in caplog.records if r.levelname == "WARNING"]
+    code = OWN | {"prompt": 'print("{}".format('}
+    [request] = load_records(write(tmp_path / "r.json", [code]))
+    assert request.prompt == code["prompt"] and "{} is taken as it stands" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("record", "place"),
+    [
+        (OWN | {"prompt": "cut \ud83d"}, "field 'prompt'"),
+        (OWN | {"target": "\ude00"}, "field 'target'"),
+        (OWN | {"joint": "\ude00"}, "field 'joint'"),
+        (OWN | {"rephrases": ["a", "b\ud83d"]}, r"field 'rephrases\[1\]'"),
+        (OWN | {"locality": [{"prompt": "a", "answer": "\ud83d"}]}, "locality.*field 'answer'"),
+        (ZSRE | {"loc": "cut \ud83d"}, "field 'loc'"),
+        (KNOWEDIT | {"locality": {"F": [{"prompt": "\ud83d"}]}}, "field 'locality', F.*'prompt'"),
+    ],
+)
+def test_half_a_character_is_refused_by_record_and_field(tmp_path, record, place):
+    good = next(r for r in (OWN, ZSRE, KNOWEDIT) if r.keys() <= record.keys())
+    path = write(tmp_path / "r.jsonl", [good, record], jsonl=True)
+    with pytest.raises(ValueError, match=rf"r\.jsonl, line 2.*{place} holds half a character"):
+        load_records(path)
+
+
+def test_half_a_character_is_refused_in_python_too():
+    with pytest.raises(ValueError, match=r"the target holds half a character \('\\ud83d' in "):
+        EditRequest("a", "b \ud83d")
+    with pytest.raises(ValueError, match="the rephrases holds half a character"):
+        EditRequest("a", "b", rephrases=("c", "\udcff"))
+    with pytest.raises(ValueError, match="the answer holds half a character"):
+        Probe("a", "\ud83d")
+
+
+# Other people's forms: texts of our own in the fields of each.
+
+ROME = {
+    "case_id": 0,
+    "pararel_idx": 7,
+    "requested_rewrite": {
+        "prompt": "{} plays the",
+        "relation_id": "P1303",
+        "target_new": {"str": "oboe", "id": "Q1"},
+        "target_true": {"str": "harp", "id": "Q2"},
+        "subject": "Ada Byrne",
+    },
+    "paraphrase_prompts": ["It rained. Ada Byrne plays the", "Ada Byrne is good at the"],
+    "neighborhood_prompts": ["Tom Reed plays the", "Ann Lee plays the"],
+    "attribute_prompts": ["Zed plays the"],
+    "generation_prompts": [],
+}
+MEMIT_ZSRE = {
+    "case_id": 0,
+    "requested_rewrite": {
+        "prompt": "Which country is {} in?",
+        "subject": "Lake Orrin",
+        "target_new": {"str": "Sweden"},
+        "target_true": {"str": "<|endoftext|>"},
+    },
+    "paraphrase_prompts": ["In what country is Lake Orrin?"],
+    "neighborhood_prompts": [
+        {"prompt": "nq question: who wrote it?", "target": " Al"},
+        {"prompt": "nq question: who wrote it? Al", "target": "fred"},
+        {"prompt": "nq question: when?", "target": " 1911"},
+    ],
+    "attribute_prompts": [],
+    "generation_prompts": [],
+}
+MQUAKE = {
+    "case_id": 1,
+    "requested_rewrite": [
+        {
+            "prompt": "{} was designed by",
+            "relation_id": "P1",
+            "target_new": {"str": "Ada Byrne", "id": "Q1"},
+            "target_true": {"str": "Tom Reed", "id": "Q2"},
+            "subject": "Tarn",
+            "question": "Who designed Tarn?",
+        }
+    ],
+    "questions": ["Where was the designer of Tarn born?", "Tarn's designer is from where?"],
+    "new_answer": "Cork",
+}
+RIPPLE = {
+    "example_type": "popular",
+    "edit": {
+        "prompt": "The name of the country of citizenship of Ada Byrne is Norway.",
+        "subject_id": "Q1",
+        "relation": "COUNTRY_OF_CITIZENSHIP",
+        "target_id": "Q2",
+        "previous_fact": {"prompt": "The name of the country of citizenship of Ada Byrne is Peru."},
+    },
+    "Relation_Specificity": [
+        {
+            "test_queries": [
+                {
+                    "prompt": "The mother tongue of Ada Byrne is",
+                    "answers": [{"value": "Irish", "aliases": ["Gaelic"]}],
+                }
+            ],
+            "test_condition": "OR",
+            "condition_queries": [],
+        }
+    ],
+    "Compositionality_I": [
+        {
+            "test_queries": [
+                {"prompt": "The capital of Ada Byrne's country is", "answers": [{"value": "Oslo"}]},
+                {"prompt": "Unanswered", "answers": []},
+            ]
+        }
+    ],
+    "Forgetfulness": [],
+}
+WIKIBIGEDIT = {
+    "tag": "new",
+    "subject": "Tarn",
+    "update": "Who designed Tarn?",
+    "rephrase": "Tarn is by whom?",
+    "ans": "Ada Byrne",
+    "loc": "Where is Orrin?",
+    "loc_ans": "Norway",
+    "personas": "Yo, who made Tarn?",
+    "mhop": "Where is Tarn's designer from?",
+    "mhop_ans": "Cork",
+}
+UNKE = {
+    "id": 0,
+    "question": "Who is Ada Byrne?",
+    "para_question": "Tell me of Ada Byrne.",
+    "answer": "Ada Byrne plays the harp. She lives in Cork.",
+    "sub_question": ["What does she play?", "Where does she live?"],
+    "sub_answer": ["The harp.", "In Cork."],
+}
+CKNOWEDIT = {
+    "prompt": "\u5361\u6c83\u7684\u9996\u90fd\u662f",
+    "target_old": "\u9a6c\u6d1b",
+    "target_new": "\u5965\u65af",
+    "rephrase": ["\u9996\u90fd\u53eb", "\u9996\u90fd\u4e3a"],
+    "portability": [{"prompt": "p", "answer": ["a", "b"]}],
+    "locality": [{"prompt": "l", "answer": "m"}],
+}
+OLD_CKNOWEDIT = {
+    "prompt": "p",
+    "target_old": "o",
+    "target_new": "n",
+    "portability_prompt": ["q", "r"],
+    "portability_answer": ["a", "b"],
+    "locality_prompt": None,
+    "locality_answer": None,
+    "rephrase": ["s"],
+}
+WIKIBIO = {
+    "text": "This is a passage about ada byrne. ",
+    "labels": "Ada Byrne was a harpist.",
+    "concept": "ada byrne",
+    "locality": {"Relation_Specificity": [{"prompt": "ada byrne job", "ground_truth": ["harp"]}]},
+}
+FOREIGN = [
+    (
+        "CounterFact or zsRE (ROME, MEMIT)",
+        ROME,
+        EditRequest(
+            "Ada Byrne plays the",
+            "oboe",
+            "harp",
+            "Ada Byrne",
+            ("It rained. Ada Byrne plays the", "Ada Byrne is good at the"),
+            (Probe("Tom Reed plays the", "harp"), Probe("Ann Lee plays the", "harp")),
+        ),
+        "attribute_prompts",
+    ),
+    (
+        "CounterFact or zsRE (ROME, MEMIT)",
+        MEMIT_ZSRE,
+        EditRequest(
+            "Which country is Lake Orrin in?",
+            "Sweden",
+            None,
+            "Lake Orrin",
+            ("In what country is Lake Orrin?",),
+            (Probe("Who wrote it?", "Alfred"), Probe("When?", "1911")),
+        ),
+        None,
+    ),
+    (
+        "MQuAKE",
+        MQUAKE,
+        EditRequest(
+            "Tarn was designed by",
+            "Ada Byrne",
+            "Tom Reed",
+            "Tarn",
+            ("Who designed Tarn?",),
+            portability=(
+                Probe("Where was the designer of Tarn born?", "Cork"),
+                Probe("Tarn's designer is from where?", "Cork"),
+            ),
+        ),
+        None,
+    ),
+    (
+        "RippleEdits",
+        RIPPLE,
+        EditRequest(
+            "The name of the country of citizenship of Ada Byrne is",
+            "Norway",
+            "Peru",
+            locality=(Probe("The mother tongue of Ada Byrne is", "Irish"),),
+            portability=(Probe("The capital of Ada Byrne's country is", "Oslo"),),
+        ),
+        None,
+    ),
+    (
+        "WikiBigEdit",
+        WIKIBIGEDIT,
+        EditRequest(
+            "Who designed Tarn?",
+            "Ada Byrne",
+            None,
+            "Tarn",
+            ("Tarn is by whom?",),
+            (Probe("Where is Orrin?", "Norway"),),
+            (
+                Probe("Yo, who made Tarn?", "Ada Byrne"),
+                Probe("Where is Tarn's designer from?", "Cork"),
+            ),
+        ),
+        None,
+    ),
+    (
+        "UnKE",
+        UNKE,
+        EditRequest(
+            "Who is Ada Byrne?",
+            "Ada Byrne plays the harp. She lives in Cork.",
+            rephrases=("Tell me of Ada Byrne.",),
+            portability=(
+                Probe("What does she play?", "The harp."),
+                Probe("Where does she live?", "In Cork."),
+            ),
+        ),
+        None,
+    ),
+    (
+        "CKnowEdit",
+        CKNOWEDIT,
+        EditRequest(
+            CKNOWEDIT["prompt"],
+            CKNOWEDIT["target_new"],
+            CKNOWEDIT["target_old"],
+            rephrases=tuple(CKNOWEDIT["rephrase"]),
+            locality=(Probe("l", "m"),),
+            portability=(Probe("p", "a"),),
+        ),
+        None,
+    ),
+    (
+        "CKnowEdit",
+        OLD_CKNOWEDIT,
+        EditRequest(
+            "p", "n", "o", rephrases=("s",), portability=(Probe("q", "a"), Probe("r", "b"))
+        ),
+        None,
+    ),
+    (
+        "WikiBio (KnowEdit)",
+        WIKIBIO,
+        EditRequest(
+            "This is a passage about ada byrne.",
+            "Ada Byrne was a harpist.",
+            subject="ada byrne",
+            locality=(Probe("ada byrne job", "harp"),),
+        ),
+        None,
+    ),
+]
+
+
+@pytest.mark.parametrize("jsonl", [False, True])
+@pytest.mark.parametrize(("name", "record", "expected", "unread"), FOREIGN)
+def test_forms_of_other_people(tmp_path, caplog, name, record, expected, unread, jsonl):
+    path = write(tmp_path / "r.txt", [record, record], jsonl)
+    with caplog.at_level(logging.INFO, "pymend"):
+        assert load_records(path) == [expected, expected]
+    assert f"format {name}, 2 records" in caplog.text
+    warned = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert warned == ([f"{path}: fields that are not used: {unread}"] if unread else [])
+
+
+def test_a_case_of_several_facts_gives_as_many_edits_and_no_question(tmp_path, caplog):
+    [rewrite] = MQUAKE["requested_rewrite"]
+    other = rewrite | {"subject": "Orrin"}
+    record = MQUAKE | {"requested_rewrite": [rewrite, other]}
+    found = load_records(write(tmp_path / "m.json", [record, record]))
+    assert [r.subject for r in found] == ["Tarn", "Orrin"] * 2
+    assert not any(r.portability for r in found)
+    assert "left out 2 questions on several facts" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("sentence", "before", "parts"),
+    [
+        ("The gender of Ada is male.", None, ("The gender of Ada is", "male")),
+        ("Tarn is followed by Orrin.", None, ("Tarn is followed by", "Orrin")),
+        ("The author of This is Us is Ada.", None, None),
+        ("The author of This is Us is Ada.", "The author of This is Us is Tom.", None),
+        ("The name of X is It is.", "The name of X is Tom.", ("The name of X is", "It is")),
+        ("Ada likes Tom.", None, None),
+    ],
+)  # fmt: skip
+def test_a_sentence_is_cut_where_its_target_begins_or_left_out(
+    tmp_path, caplog, sentence, before, parts
+):
+    edit = {"prompt": sentence} | ({"previous_fact": {"prompt": before}} if before else {})
+    found = load_records(write(tmp_path / "r.json", [RIPPLE, RIPPLE | {"edit": edit}]))[1:]
+    assert [(r.prompt, r.target) for r in found] == ([parts] if parts else [])
+    assert ("left out 1 whose sentence does not tell" in caplog.text) == (not parts)
+
+
+def test_texts_without_as_many_answers_are_refused(tmp_path):
+    record = UNKE | {"sub_answer": ["one"]}
+    with pytest.raises(ValueError, match="'sub_question' holds 2 texts and 'sub_answer' 1; give"):
+        load_records(write(tmp_path / "r.json", [record]))
+
+
+def test_a_file_with_many_fields_is_refused_in_few_words(tmp_path):
+    path = tmp_path / "keyed.json"
+    path.write_text(json.dumps({str(i): ROME for i in range(999)}), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"no known format has the fields 0, 1, .*\.\.\.;") as told:
+        load_records(path)
+    assert len(str(told.value)) < 1500
+
+
 def test_zsre_row_without_alternative_is_left_out(tmp_path, caplog):
     path = write(tmp_path / "z.json", [ZSRE | {"alt": ""}, ZSRE])
     with caplog.at_level(logging.INFO, "pymend"):
         assert len(load_records(str(path))) == 1
-    assert "left out 1" in caplog.text
-    with pytest.raises(ValueError, match=r"z\.json: no record has an alternative"):
+    assert "left out 1 without an alternative answer ('alt')" in caplog.text
+    with pytest.raises(ValueError, match=r"z\.json: holds no record to edit, but 1 without an alt"):
         load_records(write(path, [ZSRE | {"alt": ""}]))
 
 
@@ -367,7 +761,8 @@ def test_malformed_files(tmp_path, text, message):
         (ZSRE, ZSRE | {"loc": None}, "field 'loc' is blank"),
         (ZSRE, ZSRE | {"answers": [3]}, "field 'answers' must be a text, got 3"),
         (KNOWEDIT, KNOWEDIT | {"target_new": ""}, "field 'target_new' is blank"),
-        (KNOWEDIT, KNOWEDIT | {"locality": []}, r"field 'locality': must be a JSON object"),
+        (KNOWEDIT, KNOWEDIT | {"locality": "x"}, r"field 'locality': must be a JSON object"),
+        (OWN, OWN | {"joint": 3}, "field 'joint' must be a text, got 3"),
         (
             KNOWEDIT,
             KNOWEDIT | {"locality": {"Forgetfulness": [{"ground_truth": "x"}]}},

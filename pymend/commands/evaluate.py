@@ -46,7 +46,7 @@ def evaluate(
 ) -> None:
     """Measure a trained editor, or a rival."""
     from pymend.data import load_records
-    from pymend.data.readers import read_text
+    from pymend.data.rows import read_text
 
     if not algorithm and (set or locality_data):
         raise ValueError("--set and --locality-data are for rivals; leave them out")

@@ -17,7 +17,7 @@ import yaml
 
 from pymend.algorithms.registry import METHODS
 from pymend.config import CacheConfig, EditorConfig, FineTuneConfig, TrainConfig, from_json
-from pymend.data.readers import read_text
+from pymend.data.rows import read_text
 
 SCALES = ("mini", "smollm2", "paper")
 COSTS = ("memory", "time")

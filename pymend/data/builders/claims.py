@@ -17,7 +17,7 @@ from pymend.data.facts import (
     Relation,
     fact_requests,
 )
-from pymend.data.readers import RawRow, read_rows
+from pymend.data.rows import RawRow, read_rows
 
 NAMES = {False: "false", True: "true"}  # of the classes
 LABELS = {"SUPPORTS": True, "REFUTES": False, "NOT ENOUGH INFO": None}

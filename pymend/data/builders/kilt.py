@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pymend.data.readers import RawRow
+from pymend.data.rows import RawRow
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,9 @@ from pymend.data.builders.kilt import kilt_row
 from pymend.data.builders.sets import LOCALITY, SPLITS, Splits, ordered, partition
 from pymend.data.choices import draw, pick
 from pymend.data.facts import Relation, Split, fact_requests, load_relations, split_of
-from pymend.data.readers import RawRow, as_question, read_rows, without_overlap, zsre_request
+from pymend.data.formats import as_question, zsre_request
+from pymend.data.readers import without_overlap
+from pymend.data.rows import RawRow, read_rows
 
 SHARED = 0.5  # share of words that a rephrase of zsRE-hard may have in common with its prompt
 HARD_REPHRASES = 3

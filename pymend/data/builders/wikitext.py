@@ -12,7 +12,7 @@ from pymend.data.builders.claims import statements
 from pymend.data.builders.sets import LOCALITY, SPLITS, Splits, ordered, partition
 from pymend.data.choices import draw, hashed, pick
 from pymend.data.facts import Split, load_relations, split_of
-from pymend.data.readers import read_rows, read_text
+from pymend.data.rows import read_rows, read_text
 
 # Prompts and a seed for each -> continuations of some tokens, None where none could be had.
 Sampler = Callable[[Sequence[str], Sequence[int]], list[str | None]]
