@@ -793,11 +793,93 @@ def test_bad_records_are_named_with_their_place(tmp_path, record, bad, message):
 def test_unreadable_paths(tmp_path):
     with pytest.raises(ValueError, match=r"none\.json: no such file; check the path"):
         load_records(tmp_path / "none.json")
-    with pytest.raises(ValueError, match="is a folder; name a file in it"):
+    with pytest.raises(ValueError, match="is a folder, and no data set that can be read"):
         load_records(tmp_path)
+    with pytest.raises(ValueError, match="none/such: no such file or folder, and no data set that"):
+        load_records("none/such")
     (tmp_path / "latin.json").write_bytes(b'{"prompt": "caf\xe9"}')
     with pytest.raises(ValueError, match=r"latin\.json: is not UTF-8 text"):
         load_records(tmp_path / "latin.json")
+
+
+# Data sets: folders of the form that the hub has, read through datasets
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYMEND_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def as_set(folder: Path, kind: str, **splits: list) -> Path:
+    """A folder with a file a split, Parquet or JSONL."""
+    import datasets
+
+    folder.mkdir(exist_ok=True)
+    for name, records in splits.items():
+        if kind == "parquet":
+            datasets.Dataset.from_list(records).to_parquet(str(folder / f"{name}.parquet"))
+        else:
+            write(folder / f"{name}.jsonl", records, jsonl=True)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+@pytest.mark.parametrize("record", [OWN, ZSRE, KNOWEDIT, ROME, MQUAKE, UNKE, RIPPLE])
+def test_a_folder_is_read_like_its_files(tmp_path, cache, caplog, kind, record):
+    train, test = [record, record], [record]
+    folder = as_set(tmp_path / "set", kind, train=train, test=test)
+    alone = load_records(write(tmp_path / "alone.json", train))
+    assert load_records(folder) == load_records(f"{folder}:train") == alone
+    with caplog.at_level(logging.INFO, "pymend"):
+        assert load_records(folder, "test") == load_records(f"{folder}::test") == alone[:1]
+    assert f"{folder} (test): format " in caplog.text
+    assert any((cache / "datasets").rglob("*.arrow"))
+
+
+def test_a_folder_that_changed_is_read_anew(tmp_path, cache):
+    folder = as_set(tmp_path / "set", "jsonl", train=[OWN])
+    assert [r.target for r in load_records(folder)] == ["green"]
+    as_set(folder, "jsonl", train=[OWN | {"target": "orange"}, OWN])
+    assert [r.target for r in load_records(folder)] == ["orange", "green"]
+
+
+def test_splits_and_configurations_of_a_folder(tmp_path, cache):
+    one = as_set(tmp_path / "one", "jsonl", validation=[OWN])
+    assert len(load_records(one)) == 1, "the only split there is"
+    two = as_set(tmp_path / "two", "jsonl", validation=[OWN], test=[OWN])
+    for source in (two, f"{two}:dev", f"{two}::dev"):
+        with pytest.raises(ValueError, match=r"no split '(train|dev)'; name .* validation, test"):
+            load_records(source)
+    with pytest.raises(ValueError, match=r"name a data set as NAME\[:CONFIG\]\[:SPLIT\]"):
+        load_records(f"{two}:a:b:c")
+
+    parts = tmp_path / "parts"
+    as_set(parts, "jsonl", a=[OWN | {"target": "a"}], b=[OWN | {"target": "b"}])
+    (parts / "README.md").write_text(
+        "---\nconfigs:\n- config_name: first\n  data_files: a.jsonl\n- config_name: second\n"
+        "  data_files:\n  - split: test\n    path: b.jsonl\n---\n"
+    )
+    assert [r.target for r in load_records(f"{parts}:first")] == ["a"]
+    assert [r.target for r in load_records(f"{parts}:second")] == ["b"]
+    assert [r.target for r in load_records(f"{parts}:second:test")] == ["b"]
+    with pytest.raises(ValueError, match=r"can be read .*'first', 'second'"):
+        load_records(parts)
+    with pytest.raises(ValueError, match=r"can be read .*'third' not found.*'first', 'second'"):
+        load_records(f"{parts}:third:test")
+
+
+def test_a_bad_record_of_a_set_is_named_with_its_place(tmp_path, cache):
+    folder = as_set(tmp_path / "set", "parquet", train=[OWN, OWN | {"target": " "}])
+    with pytest.raises(ValueError, match=r"set \(train\), record index 1: field 'target' is blank"):
+        load_records(folder)
+
+
+def test_what_a_table_leaves_empty_is_not_there(tmp_path, cache, caplog):
+    folder = as_set(tmp_path / "set", "parquet", train=[ZSRE | {"alt": None, "more": "x"}, ZSRE])
+    assert len(load_records(folder)) == 1
+    assert "left out 1 without an alternative answer" in caplog.text
+    assert "fields that are not used: more" in caplog.text
 
 
 # Overlap

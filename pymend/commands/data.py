@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-from pymend.commands.settings import MODELS, Flag, Machine
+from pymend.commands.settings import MODELS, SETS, Flag, Machine
 from pymend.data import builders, load_records
 from pymend.data.builders import Cuts, Splits
 from pymend.data.builders.sets import EXAMPLES, SPLITS
@@ -94,7 +94,9 @@ def wikitext(
 
 
 def show(
-    file: Annotated[str, Flag("a file of records, or facts (built in)", "FILE", positional=True)],
+    file: Annotated[
+        str, Flag(f"a file of records, facts (built in), or {SETS}", "FILE", positional=True)
+    ],
     examples: Annotated[int, Flag("how many are shown", least=0)] = EXAMPLES,
 ) -> None:
     """Counts and examples of a data file."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from pymend.commands.settings import Flag, Machine, Model
+from pymend.commands.settings import SETS, Flag, Machine, Model
 from pymend.config import EditRequest
 
 STRENGTH = "factor of the learned step sizes; below 1: fewer edits take, less else changes"
@@ -21,7 +21,7 @@ def edit(
     ] = (),
     target: Annotated[tuple[str, ...], Flag("new answer, one per prompt", "TEXT")] = (),
     data: Annotated[
-        str | None, Flag("all records of a file as one edit, in place of --prompt")
+        str | None, Flag(f"all records of a file as one edit, in place of --prompt; or of {SETS}")
     ] = None,
     output: Annotated[str | None, Flag("save the edit", "DIR")] = None,
     merge: Annotated[str | None, Flag("save an ordinary model with the edit in it", "DIR")] = None,

@@ -10,13 +10,13 @@ from typing import Annotated, Any
 
 from pymend.algorithms.registry import METHODS
 from pymend.commands.edit import STRENGTH
-from pymend.commands.settings import Flag, Machine, Model
+from pymend.commands.settings import SETS, Flag, Machine, Model
 
 UNTRAINED = tuple(name for name, method in METHODS.items() if not method.trained)
 
 
 def evaluate(
-    data: Annotated[str, Flag("facts (the test split), or a file")],
+    data: Annotated[str, Flag(f"facts (the test split), a file, or {SETS}")],
     model: Model,
     machine: Machine,
     editor: Annotated[str | None, Flag("what train wrote: mend, ke or enn", "DIR")] = None,

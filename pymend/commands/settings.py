@@ -23,6 +23,7 @@ from pymend.config import setting
 from pymend.errors import did_you_mean
 
 MODELS = "smollm2, bart-mini, t5-mini, bert-mini, gpt2-mini, a folder, or a hub name"
+SETS = "a data set, a folder or a hub name: NAME[:CONFIG][:SPLIT]"
 KINDS = {int: "a whole number", float: "a number"}
 EMPTY = (None, (), "")  # defaults that ``--help`` does not show
 

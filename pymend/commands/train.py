@@ -12,6 +12,7 @@ import yaml
 
 from pymend.algorithms.registry import METHODS, TRAINED
 from pymend.commands.settings import (
+    SETS,
     Command,
     Flag,
     Given,
@@ -31,7 +32,7 @@ EDITORS = tuple(METHODS[name].config for name in TRAINED)
 
 
 def train(
-    data: Annotated[str, Flag("facts (built in), or a file of records")],
+    data: Annotated[str, Flag(f"facts (built in), a file of records, or {SETS}")],
     output: Annotated[str, Flag("receives the editor", "DIR")],
     model: Model,
     machine: Machine,
@@ -41,7 +42,7 @@ def train(
         str | None,
         Flag(
             "validation records; by default the facts' validation split, or the last tenth of "
-            f"the file, at most {HELD_OUT}"
+            f"the file or set, at most {HELD_OUT}"
         ),
     ] = None,
     exclude: Annotated[

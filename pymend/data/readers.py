@@ -1,7 +1,8 @@
-"""Edit requests from files.
+"""Edit requests from files and data sets.
 
-A file is a JSON array of objects, JSONL (one object per line), or a Parquet table. Its format is
-recognised by the fields of its first record (``pymend.data.formats``) and written to the log. White
+A file is a JSON array of objects, JSONL (one object per line), or a Parquet table; a data set, a
+folder of such files or one on the hub (``pymend.data.hub``). The format is recognised by the fields
+of the first record (``pymend.data.formats``) and written to the log. White
 space around texts is removed; our own JSONL is taken as it is, like a request in Python.
 """
 
@@ -16,6 +17,7 @@ from pathlib import Path
 from pymend.config import EditRequest
 from pymend.data.facts import Split, load_facts
 from pymend.data.formats import recognise
+from pymend.data.hub import names_a_set, read_set
 from pymend.data.rows import RawRow, read_rows
 from pymend.files import replacing
 
@@ -23,22 +25,29 @@ logger = logging.getLogger("pymend")
 
 
 def load_records(source: str | Path, split: Split = "train") -> list[EditRequest]:
-    """The edit requests of the built-in fact set or of a file.
+    """The edit requests of the built-in fact set, of a file, or of a data set.
 
     Args:
-        source: ``"facts"``, or a file in one of the formats of ``pymend.data.formats``.
-        split: the part of the built-in set. A file is one part and is read whole.
+        source: ``"facts"``; a file in one of the formats of ``pymend.data.formats``; or a data set
+            of such records, NAME[:CONFIG][:SPLIT], where NAME is a local folder or a name on the
+            hub. What was fetched is kept in the cache.
+        split: the part of the built-in set, and of a data set that names none, if it has it. A file
+            is one part and is read whole.
 
     Raises:
-        ValueError: a file that is missing, empty, malformed or of no known format, or a record
-            with a missing, blank or wrong-typed field. The message names the file, the line
-            (JSONL) or the record index from 0 (JSON array), and the remedy.
+        ValueError: no such data set, or several splits and none named; a file that is missing,
+            empty, malformed or of no known format, or a record with a missing, blank or wrong-typed
+            field. The message names the file, the line (JSONL) or the record index from 0 (JSON
+            array, table), and the remedy.
     """
     if str(source) == "facts":
         records = load_facts(split)
         logger.info("built-in facts, %s split: %d records", split, len(records))
         return records
     path = Path(source)
+    if names_a_set(str(source)):
+        place, rows = read_set(str(source), split)
+        return _requests(place, list(rows))
     if not path.exists():
         raise ValueError(f"{path}: no such file; check the path, or use 'facts', which is built in")
     return _requests(str(path), list(read_rows(path)))

@@ -160,6 +160,11 @@ def read_rows(path: Path) -> Iterator[RawRow]:
         yield _row(f"{path}, line {number}", value)
 
 
+def cached_tables() -> str:
+    """Where ``datasets`` keeps what it has read."""
+    return str(cache_dir() / "datasets")
+
+
 def _read_table(path: Path) -> Iterator[RawRow]:
     """The rows of a Parquet table, the form that data sets have on the hub."""
     import datasets
@@ -167,7 +172,7 @@ def _read_table(path: Path) -> Iterator[RawRow]:
     if not path.is_file():
         raise ValueError(f"{path}: no such file; check the path")
     try:
-        table = datasets.Dataset.from_parquet(str(path), cache_dir=str(cache_dir() / "datasets"))
+        table = datasets.Dataset.from_parquet(str(path), cache_dir=cached_tables())
     except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
         raise ValueError(f"{path}: is no Parquet table ({error})") from error
     for index, values in enumerate(table):
