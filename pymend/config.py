@@ -127,9 +127,9 @@ def _check_texts(values: Any) -> None:
                 check_text(text, f"the {field.name}")
 
 
-def setting(default: T, help: str) -> T:
-    """The field of a setting, with the text that ``--help`` shows for its flag."""
-    field: T = dataclasses.field(default=default, metadata={"help": help})
+def setting(default: T, help: str, metavar: str | None = None) -> T:
+    """The field of a setting, with what ``--help`` shows for its flag and for the flag's value."""
+    field: T = dataclasses.field(default=default, metadata={"help": help, "metavar": metavar})
     return field
 
 

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from pymend.algorithms.mend.mend import Mend
 from pymend.config import EditRequest, MendConfig, TrainConfig, to_json
 from pymend.engine.generate import greedy
-from pymend.engine.tokens import Encoder
+from pymend.engine.tokens import Chat, Encoder, settled
 from pymend.evaluation import evaluate
 from pymend.evaluation.metrics import RecordScores
 from pymend.files import read_json, writable_dir, write_json
@@ -135,7 +135,7 @@ def run(
     output: str | Path,
     settings: Settings = FULL,
     name: str = "model",
-    chat: bool = False,
+    chat: Chat = None,
 ) -> dict[str, Any]:
     """Run the demo, print it, and leave ``MADE`` in ``output``.
 
@@ -198,7 +198,7 @@ def _train(
     validation: Sequence[EditRequest],
     folder: Path,
     settings: Settings,
-    chat: bool,
+    chat: Chat,
 ) -> Mend:
     """The editor of this demo: trained now, or what is left to train of it."""
     torch.manual_seed(settings.train.seed)
@@ -208,7 +208,7 @@ def _train(
         "train": to_json(settings.train),
         "mend": to_json(settings.mend),
         "records": [len(train), len(validation)],
-        "chat": chat,
+        "chat": settled(chat),
     }
     _claim(folder, identity)
     trainer = Trainer(
@@ -265,7 +265,7 @@ class _Interview:
     """Edits one fact in the model's weights, asks before, after and after the undo."""
 
     def __init__(
-        self, mend: Mend, model: PreTrainedModel, tokenizer: Any, tokens: int, chat: bool
+        self, mend: Mend, model: PreTrainedModel, tokenizer: Any, tokens: int, chat: Chat
     ) -> None:
         self.mend, self.model, self.tokenizer, self.chat = mend, model, tokenizer, chat
         self.tokens = tokens

@@ -18,7 +18,7 @@ from pymend.edit import BaseEdit, Outcome
 from pymend.engine.hooks import frozen
 from pymend.engine.losses import hits_rows, mean_of_seen
 from pymend.engine.replay import Replay
-from pymend.engine.tokens import Encoder, Row
+from pymend.engine.tokens import Chat, Encoder, Row, settled
 from pymend.models.structure import EditedWeight
 
 E = TypeVar("E", bound=BaseEdit)
@@ -31,11 +31,13 @@ class Algorithm(ABC, Generic[E]):
     The model is never changed or kept.
 
     ``weights``: the matrices it edits; whatever lies below them is the same before and after an
-    edit. ``n_edits``: the simultaneous edits it was trained for; None if it was not.
+    edit. ``n_edits``: the simultaneous edits it was trained for; None if it was not. ``chat``: how
+    it was trained to be asked; None if it was not, or if nobody knows.
     """
 
     weights: tuple[EditedWeight, ...]
     n_edits: int | None = None
+    chat: Chat = None
 
     @classmethod
     @abstractmethod
@@ -46,7 +48,7 @@ class Algorithm(ABC, Generic[E]):
         *,
         tokenizer: Any = None,
         train_data: Sequence[EditRequest] = (),
-        chat: bool = False,
+        chat: Chat = None,
     ) -> A:
         """This algorithm for ``model``, with settings of its own kind; untrained.
 
@@ -89,6 +91,23 @@ class Algorithm(ABC, Generic[E]):
                 stacklevel=4,
             )
 
+    def chat_for(self, asked: Chat) -> bool | dict[str, Any]:
+        """How prompts are put: as ``asked``, or as this was trained where nobody says.
+
+        Raises:
+            ValueError: it was trained to be asked in another way.
+        """
+        if self.chat is None or asked is None:
+            return settled(self.chat if asked is None else asked)
+        own = settled(self.chat)
+        if settled(asked) != own:
+            how = f"the chat template{f' with {own}' if own is not True else ''}"
+            raise ValueError(
+                f"this editor was trained on {how if own else 'plain prompts'}, and is not used so "
+                "here; leave out chat to use it as it was trained, or train one for this"
+            )
+        return own
+
     def replay(self, model: nn.Module, keep: bool = False) -> Replay:
         """The model as this algorithm runs it."""
         return Replay(model, self.weights, keep)
@@ -100,7 +119,7 @@ class Algorithm(ABC, Generic[E]):
         requests: str | EditRequest | Sequence[EditRequest],
         target: str | None = None,
         *,
-        chat: bool = False,
+        chat: Chat = None,
     ) -> E:
         """One edit for one or several facts at once.
 
@@ -111,13 +130,15 @@ class Algorithm(ABC, Generic[E]):
             tokenizer: the model's own.
             requests: a prompt, whose new answer is ``target``; or requests, of which only
                 ``prompt``, ``target`` and ``joint`` are used.
-            chat: put prompts through the tokenizer's chat template.
+            chat: put prompts through the tokenizer's chat template; a mapping has options of it.
+                None: as this was trained.
 
         Returns:
             The edit. ``edit.outcomes`` tells, request by request, whether it took.
 
         Raises:
-            ValueError: no request, one that cannot be tokenised, or a model that does not fit.
+            ValueError: no request, one that cannot be tokenised, a model that does not fit, or
+                another ``chat`` than in training.
             TypeError: a prompt without a target, or a target beside requests.
         """
         return self._edit(model, tokenizer, _listed(requests, target), joint=True, chat=chat)
@@ -128,7 +149,7 @@ class Algorithm(ABC, Generic[E]):
         tokenizer: Any,
         requests: Sequence[EditRequest],
         *,
-        chat: bool = False,
+        chat: Chat = None,
     ) -> E:
         """Independent edits of ``model``, one for each request, computed in one pass.
 
@@ -141,13 +162,13 @@ class Algorithm(ABC, Generic[E]):
         return self._edit(model, tokenizer, _listed(requests, None), joint=False, chat=chat)
 
     def _edit(
-        self, model: nn.Module, tokenizer: Any, requests: list[EditRequest], joint: bool, chat: bool
+        self, model: nn.Module, tokenizer: Any, requests: list[EditRequest], joint: bool, chat: Chat
     ) -> E:
         if not requests:
             raise ValueError("no request to edit; give at least one")
         if joint:
             self.expect(len(requests))
-        encoder = Encoder.for_model(model, tokenizer, chat)
+        encoder = Encoder.for_model(model, tokenizer, self.chat_for(chat))
         rows = [encoder.row(r.prompt, r.target, r.joint) for r in requests]
         known = self.prepare(model)
         with frozen(model):

@@ -21,7 +21,7 @@ from pymend.config import EditRequest, FineTuneConfig, to_json
 from pymend.edit import fingerprint
 from pymend.engine.losses import mean_of_seen
 from pymend.engine.replay import Replay
-from pymend.engine.tokens import Encoder, Row
+from pymend.engine.tokens import Chat, Encoder, Row
 from pymend.files import digest
 from pymend.models.structure import EditedWeight, find_weights, weight_of
 
@@ -62,7 +62,7 @@ class FineTune(Algorithm[DenseEdit]):
         *,
         tokenizer: Any = None,
         train_data: Sequence[EditRequest] = (),
-        chat: bool = False,
+        chat: Chat = None,
     ) -> FineTune:
         """Fine-tuning of ``model``, with the paper's settings where ``config`` has none.
 

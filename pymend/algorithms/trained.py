@@ -197,6 +197,7 @@ class Trainable(Algorithm[E]):
             "weights": [asdict(w) for w in self.weights],
             "sizes": self.sizes,
             "model_fingerprint": self.model_fingerprint,
+            "chat": self.chat,
         }
         write_tensors(path / "editor.safetensors", self.editor.state_dict(), digest(description))
         write_json(path / "editor.json", description)
@@ -222,6 +223,7 @@ class Trainable(Algorithm[E]):
             weights = [EditedWeight(**w) for w in description["weights"]]
             loaded: A = cls(config, weights, **description.get("sizes", {}))
             loaded.model_fingerprint = description["model_fingerprint"]
+            loaded.chat = description.get("chat")  # files of before say nothing
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path / 'editor.json'} is no editor: {error}") from error
         load_state(loaded.editor, tensors, path / "editor.safetensors")

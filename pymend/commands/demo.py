@@ -37,9 +37,8 @@ def demo(
     folder = output or ("runs/demo-quick" if quick else "runs/demo")
     loaded, tokenizer = machine.load(model.model)
     train, validation, test = (load_facts(s) for s in ("train", "validation", "test"))
+    named = (folder, settings, model.model, model.template)
     try:
-        demo.run(
-            loaded, tokenizer, train, validation, test, folder, settings, model.model, model.chat
-        )
+        demo.run(loaded, tokenizer, train, validation, test, *named)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; run the same command again to continue") from None

@@ -52,9 +52,10 @@ def edit(
             f"an edit of {mend.kind} cannot be saved or merged; "
             "leave out --output, --merge and --peft"
         )
+    chat = model.speech(mend)
     loaded, tokenizer = machine.load(model.model)
-    edit = mend.edit(loaded, tokenizer, requests, chat=model.chat)
-    encoder = Encoder.for_model(loaded, tokenizer, model.chat)
+    edit = mend.edit(loaded, tokenizer, requests, chat=chat)
+    encoder = Encoder.for_model(loaded, tokenizer, chat)
     prompts = [r.prompt for r in requests]
     before = greedy(loaded, encoder, prompts, tokens)
     with edit.applied(loaded):

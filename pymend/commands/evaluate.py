@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Annotated, Any
 
 from pymend.algorithms.registry import METHODS
 from pymend.commands.edit import STRENGTH
-from pymend.commands.settings import SETS, Flag, Machine, Model
+from pymend.commands.settings import SETS, Flag, Machine, Model, named_values
 
 UNTRAINED = tuple(name for name, method in METHODS.items() if not method.trained)
 
@@ -70,10 +69,11 @@ def evaluate(
     from pymend.report.tables import metrics_table
 
     measured: Any = load_editor(editor).scale_(strength) if editor else None
+    chat = model.speech(measured) if measured else model.template
     loaded, tokenizer = machine.load(model.model)
     if method:
         measured = method.load().from_config(
-            loaded, config, tokenizer=tokenizer, train_data=held, chat=model.chat
+            loaded, config, tokenizer=tokenizer, train_data=held, chat=model.template
         )
     kept = file.with_name(f"{file.name}.part") if file else None
     try:
@@ -84,7 +84,7 @@ def evaluate(
             records,
             batch_size=batch_size,
             ppl_text=text,
-            chat=model.chat,
+            chat=chat,
             n_edits=n_edits,
             kept=kept,
         )
@@ -110,16 +110,9 @@ def evaluate(
 
 
 def _settings(pairs: Sequence[str], config: type) -> dict[str, Any]:
-    """NAME=VALUE as settings of ``config``: a value is JSON, or else a word."""
+    """NAME=VALUE as settings of ``config``."""
     settings: dict[str, Any] = {}
-    for pair in pairs:
-        name, equals, text = pair.partition("=")
-        if not equals:
-            raise ValueError(f"--set {pair} is no NAME=VALUE")
-        try:
-            value = json.loads(text)
-        except json.JSONDecodeError:
-            value = text
+    for name, value in named_values(pairs, "--set").items():
         patterns = isinstance(value, str) and isinstance(getattr(config, name, None), tuple)
         settings[name] = [value] if patterns else value
     return settings

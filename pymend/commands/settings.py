@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib import resources
@@ -75,8 +77,6 @@ class Machine:
 
     def load(self, name: str) -> tuple[Any, Any]:
         """The model ``name`` and its tokenizer, on this machine, set up so."""
-        import logging
-
         import torch
         from transformers.utils import logging as quiet
 
@@ -97,7 +97,35 @@ class Model:
     """Which model, and how it is spoken to."""
 
     model: str = setting("smollm2", MODELS)
-    chat: bool = setting(False, "put prompts through the model's chat template")
+    chat: bool | None = setting(
+        None, "put prompts through the model's chat template; default: as the editor was trained"
+    )
+    chat_options: tuple[str, ...] = setting(
+        (), "options of the chat template, such as enable_thinking=false", "NAME=VALUE..."
+    )
+
+    @property
+    def template(self) -> bool | dict[str, Any] | None:
+        """How prompts are put: plain, by the chat template, with these options, or as trained.
+
+        Raises:
+            ValueError: options of a template that is not to be used, or one that is none.
+        """
+        if self.chat_options and self.chat is False:
+            raise ValueError("--chat-options are for --chat; leave out one of them")
+        return named_values(self.chat_options, "--chat-options") or self.chat
+
+    def speech(self, algorithm: Any) -> bool | dict[str, Any]:
+        """How ``algorithm`` is asked; the log says so where it is no plain prompt.
+
+        Raises:
+            ValueError: it was trained to be asked in another way.
+        """
+        found: bool | dict[str, Any] = algorithm.chat_for(self.template)
+        if found:
+            options = f" with {found}" if found is not True else ""
+            logging.getLogger("pymend").info("prompts go through the chat template%s", options)
+        return found
 
 
 # -- flags -----------------------------------------------------------------------------------
@@ -139,7 +167,7 @@ def _settings(given: Given, panel: str) -> list[inspect.Parameter]:
         )
         help = same[0].metadata["help"]
         help += f" (default: {shown})" if shown and given.defaults else ""
-        found.append(_asked(name, kind, Flag(help), None, panel))
+        found.append(_asked(name, kind, Flag(help, same[0].metadata["metavar"]), None, panel))
     return found
 
 
@@ -220,6 +248,24 @@ class Command(TyperCommand):
                 spread.append(flag)
             spread.append(word)
         return super().parse_args(ctx, spread)
+
+
+def named_values(pairs: Sequence[str], flag: str) -> dict[str, Any]:
+    """NAME=VALUE as a mapping: a value is JSON, or else a word.
+
+    Raises:
+        ValueError: one of them is none.
+    """
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals:
+            raise ValueError(f"{flag} {pair} is no NAME=VALUE")
+        try:
+            values[name] = json.loads(text)
+        except json.JSONDecodeError:
+            values[name] = text
+    return values
 
 
 # -- files -----------------------------------------------------------------------------------

@@ -91,13 +91,13 @@ def train(
         config=training,
         output=folder,
         resume=resume,
-        chat=model.chat,
+        chat=model.template,
     )
     file = folder / "config.yaml"
     chosen: dict[str, Any] = {"data": data, "eval_data": eval_data, "exclude": exclude}
     chosen |= {"output": output} | asdict(model) | asdict(machine) | {"algorithm": algorithm}
     chosen |= asdict(training) | asdict(settings)
-    chosen["edit"] = list(chosen["edit"]) or None
+    chosen |= {name: list(chosen[name]) or None for name in ("edit", "chat_options")}
     with replacing(file) as temporary:
         temporary.write_text(yaml.safe_dump(chosen, sort_keys=False), encoding="utf-8")
     try:

@@ -11,7 +11,8 @@ result depends on the padding side.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +22,10 @@ from torch import Tensor
 from pymend.config import EditRequest, Probe, joint_of
 
 IGNORE = -100  # target of a position that has no label
+# Prompts through the chat template: yes, with these options of it, or no; None where nobody says.
+Chat = bool | Mapping[str, Any] | None
+OWN_OPTIONS = ("add_generation_prompt", "tokenize", "conversation", "chat_template")
+THOUGHT = re.compile(r"[<\[]think(ing)?[>\]]\s*\Z", re.IGNORECASE)
 
 STRAY = re.compile(r"(?<=\S) +$")  # spaces at the end of a text, no indentation
 ANCHORS = ("\n", "a", ".")  # behind one of these a text is a continuation
@@ -188,22 +193,32 @@ class Encoder:
     Args:
         tokenizer: a Hugging Face tokenizer.
         limit: the model's context length in tokens; 0 for none.
-        chat: put prompts through the tokenizer's chat template.
+        chat: put prompts through the tokenizer's chat template, with these options of it.
 
     Raises:
-        ValueError: ``chat`` with a tokenizer that has no chat template.
+        ValueError: ``chat`` with a tokenizer that has no chat template, or options that the
+            template does not have.
     """
 
     continues_text = True  # the model predicts every token of a plain text
 
-    def __init__(self, tokenizer: Any, limit: int = 0, chat: bool = False) -> None:
-        if chat and not getattr(tokenizer, "chat_template", None):
-            raise ValueError("this tokenizer has no chat template; leave out chat")
-        self.tokenizer, self.limit, self.chat = tokenizer, limit, chat
+    def __init__(self, tokenizer: Any, limit: int = 0, chat: Chat = None) -> None:
+        chat = settled(chat)
+        self.tokenizer, self.limit, self.chat = tokenizer, limit, chat is not False
+        self._options = dict(chat) if isinstance(chat, Mapping) else {}
         self._behind = _behind(tokenizer)
+        if self.chat:
+            _check_template(getattr(tokenizer, "chat_template", None), self._options)
+            if THOUGHT.search(self._asked("a")):
+                warnings.warn(
+                    "the chat template opens a thought, so that answers are taught inside it; "
+                    "most such templates have an option against it, "
+                    'chat={"enable_thinking": False} (--chat-options enable_thinking=false)',
+                    stacklevel=2,  # once, whoever asks for the encoder
+                )
 
     @staticmethod
-    def for_model(model: torch.nn.Module, tokenizer: Any, chat: bool = False) -> Encoder:
+    def for_model(model: torch.nn.Module, tokenizer: Any, chat: Chat = None) -> Encoder:
         """The encoder of ``model``'s kind, limited to the context length in its configuration.
 
         Raises:
@@ -260,7 +275,9 @@ class Encoder:
     def _asked(self, prompt: str) -> str:
         """What the chat template makes of a question."""
         turn = [{"role": "user", "content": prompt}]
-        text = self.tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+        text = self.tokenizer.apply_chat_template(
+            turn, add_generation_prompt=True, tokenize=False, **self._options
+        )
         return str(text)
 
     def _ids(self, text: str) -> list[int]:
@@ -334,7 +351,7 @@ class SequenceEncoder(Encoder):
 
     continues_text = False
 
-    def __init__(self, tokenizer: Any, limit: int, start: int, chat: bool = False) -> None:
+    def __init__(self, tokenizer: Any, limit: int, start: int, chat: Chat = None) -> None:
         _refuse_chat(chat, "an encoder-decoder")
         super().__init__(tokenizer, limit)
         self.start = start
@@ -380,7 +397,7 @@ class ClassEncoder(Encoder):
     continues_text = False
 
     def __init__(
-        self, tokenizer: Any, limit: int, classes: int, names: dict[str, int], chat: bool = False
+        self, tokenizer: Any, limit: int, classes: int, names: dict[str, int], chat: Chat = None
     ) -> None:
         _refuse_chat(chat, "a classifier")
         super().__init__(tokenizer, limit)
@@ -448,6 +465,19 @@ def _check_answer(prompt: str, target: str, ids: Sequence[int]) -> None:
         raise ValueError(f"the target {target!r} of prompt {prompt!r} has no tokens; give a word")
 
 
-def _refuse_chat(chat: bool, kind: str) -> None:
-    if chat:
+def settled(chat: Chat) -> bool | dict[str, Any]:
+    """``chat`` as it is kept: no, yes, or the options of the template, if there are some."""
+    return (dict(chat) or True) if isinstance(chat, Mapping) else bool(chat)
+
+
+def _check_template(template: Any, options: Mapping[str, Any]) -> None:
+    if not template:
+        raise ValueError("this tokenizer has no chat template; leave out chat")
+    for name in options:
+        if name in OWN_OPTIONS or not re.search(rf"\b{re.escape(name)}\b", str(template)):
+            raise ValueError(f"the chat template has no option {name!r}; leave it out")
+
+
+def _refuse_chat(chat: Chat, kind: str) -> None:
+    if settled(chat):
         raise ValueError(f"{kind} has no chat; leave out chat")

@@ -20,7 +20,7 @@ from pymend.algorithms.base import Algorithm
 from pymend.config import EditRequest
 from pymend.edit import SAMPLES, BaseEdit
 from pymend.engine.hooks import frozen
-from pymend.engine.tokens import IGNORE, Batch, EncodedRequest, Encoder, Row
+from pymend.engine.tokens import IGNORE, Batch, Chat, EncodedRequest, Encoder, Row
 from pymend.errors import NonFiniteError
 from pymend.evaluation.metrics import Metrics, RecordScores, mean
 from pymend.evaluation.partial import PartialScores
@@ -40,7 +40,7 @@ def evaluate(
     *,
     batch_size: int = 16,
     ppl_text: str | None = None,
-    chat: bool = False,
+    chat: Chat = None,
     progress: bool = True,
     n_edits: int = 1,
     kept: str | Path | None = None,
@@ -53,7 +53,8 @@ def evaluate(
         batch_size: independent edits computed and looked at together; joint ones go one by one.
         ppl_text: text whose perplexity is compared, as it stands (no chat template) and up to the
             model's context or 256 tokens; without it, the locality texts.
-        chat: put prompts through the tokenizer's chat template.
+        chat: put prompts through the tokenizer's chat template; a mapping has options of it. None:
+            as ``algorithm`` was trained.
         n_edits: simultaneous edits. Records that fill no such group are left out, and so are
             locality prompts that are edited in their own group.
         kept: file of the scores on the way. If it holds scores of this very evaluation, which was
@@ -74,7 +75,7 @@ def evaluate(
         raise ValueError(f"{name} is {min(batch_size, n_edits)}; it must be at least 1")
     if len(data) < n_edits:
         raise ValueError(f"{len(data)} records to evaluate; give at least {n_edits}")
-    encoder = Encoder.for_model(model, tokenizer, chat)
+    encoder = Encoder.for_model(model, tokenizer, algorithm.chat_for(chat))
     algorithm.prepare(model)
     algorithm.expect(n_edits)
     encoded = encoder.requests(data[: len(data) // n_edits * n_edits])

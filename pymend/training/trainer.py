@@ -23,7 +23,7 @@ from torch import nn
 from pymend.algorithms.trained import Trainable, load_state
 from pymend.config import EditRequest, TrainConfig, to_json
 from pymend.engine.hooks import frozen
-from pymend.engine.tokens import EncodedRequest, Encoder
+from pymend.engine.tokens import Chat, EncodedRequest, Encoder
 from pymend.errors import NonFiniteError
 from pymend.files import (
     digest,
@@ -59,7 +59,8 @@ class Trainer(Generic[A]):
             ``eval_data``), ``metrics.jsonl`` and ``checkpoints/``.
         resume: continue from the last checkpoint in ``output``, if there is one.
         progress: show a progress bar.
-        chat: put prompts through the tokenizer's chat template.
+        chat: put prompts through the tokenizer's chat template; a mapping has options of it. It
+            becomes part of the editor.
 
     Raises:
         ValueError: data that cannot be used, ``chat`` with a tokenizer that has no chat template,
@@ -81,11 +82,12 @@ class Trainer(Generic[A]):
         output: str | Path,
         resume: bool = False,
         progress: bool = True,
-        chat: bool = False,
+        chat: Chat = None,
     ) -> None:
         algorithm.prepare(model)
         self.algorithm, self.model = algorithm, model
         self.config, self.progress = config, progress
+        chat = algorithm.chat_for(chat)
         encoder = Encoder.for_model(model, tokenizer, chat)
         edits = algorithm.n_edits
         train = encoder.requests(train_data)
@@ -131,6 +133,7 @@ class Trainer(Generic[A]):
             )
         if last is not None:
             self._load(last)
+        algorithm.chat = chat
         self._start_log()
         if config.prefix_cache == "memory":
             with frozen(model):
