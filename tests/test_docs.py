@@ -7,6 +7,7 @@ import inspect
 import io
 import json
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -150,6 +151,24 @@ def check_flags(words: list[str]) -> None:
     known = set(re.findall(r"--[\w-]+", printed.getvalue()))
     given = {flag for word in words for flag in re.findall(r"^\[?(--[\w-]+)", word)}
     assert given <= known, f"pymend {shlex.join(words)}"
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "wanted"),
+    [
+        ("edit_and_check", ["runs/demo", "Fuji is in", "Norway", "--ask", "Rome is"], "  after: "),
+        ("train_your_own", ["facts.jsonl", "new", "--steps=2", "--rank=5"], "edit_success: "),
+    ],
+)
+def test_an_example_runs(script, words, wanted, folder, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [script, *words])
+    runpy.run_path(str(ROOT / f"examples/{script}.py"), run_name="__main__")
+    assert wanted in capsys.readouterr().out
+
+
+def test_every_example_is_run_here():
+    names = {path.stem for path in (ROOT / "examples").glob("*.py")}
+    assert names == {"edit_and_check", "train_your_own"}
 
 
 def test_the_pages_show_something():
