@@ -18,7 +18,7 @@ import tiny
 from test_cli import fails
 from test_data import data_file
 
-from pymend.cli import main
+from pymend.commands import main
 from pymend.config import EditRequest, Probe
 from pymend.data import load_records, load_relations, split_of
 from pymend.data.builders import (

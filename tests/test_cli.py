@@ -18,12 +18,12 @@ import tiny
 import torch
 import transformers
 import yaml
+from pymend.cli import EDITORS, HELP, main, parse, read_settings, settings_of
 from test_encoders import data_of, model_of, plain, words
 from test_evaluation import evaluate_module
 
 from pymend.algorithms.mend.mend import Mend
 from pymend.algorithms.registry import load_editor
-from pymend.cli import EDITORS, HELP, main, parse, read_settings, settings_of
 from pymend.config import MendConfig, TrainConfig
 from pymend.data import write_jsonl
 from pymend.edit import Edit

@@ -11,7 +11,7 @@ import tiny
 
 from pymend import demo
 from pymend.algorithms.mend.mend import Mend
-from pymend.cli import main
+from pymend.commands import main
 from pymend.config import MendConfig, TrainConfig
 from pymend.data import load_facts
 from pymend.files import read_json
