@@ -11,7 +11,9 @@
 
 #include <dlfcn.h>
 
+#include <optional>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "math/rounding.h"
@@ -53,6 +55,30 @@ inline ScalarType accumulate_dtype(ScalarType dtype) {
 }
 
 inline const char* name_of(ScalarType dtype) { return torch::headeronly::toString(dtype); }
+
+template <typename T>
+constexpr ScalarType DTYPE = ScalarType::Float;
+template <>
+constexpr ScalarType DTYPE<double> = ScalarType::Double;
+template <>
+constexpr ScalarType DTYPE<Bf16> = ScalarType::BFloat16;
+template <>
+constexpr ScalarType DTYPE<Fp16> = ScalarType::Half;
+
+template <typename... Types>
+struct OneOf {};
+
+// Returns body(T()) for the T whose dtype it is; `what` and `after` stand around the names in the message.
+template <typename... Types, typename Body>
+auto by_dtype(OneOf<Types...>, const char* what, ScalarType dtype, const Body& body, const char* after = "") {
+  std::optional<std::common_type_t<decltype(body(Types()))...>> result;
+  ((dtype == DTYPE<Types> ? void(result.emplace(body(Types()))) : void()), ...);
+  std::string names;
+  size_t left = sizeof...(Types);
+  ((names += name_of(DTYPE<Types>), names += --left > 1 ? ", " : left ? " or " : ""), ...);
+  PYMEND_CHECK(result.has_value(), what, " ", name_of(dtype), ", expected ", names, after);
+  return *result;
+}
 
 // Checks one operand; messages name it as `argument`, which includes its index in a list.
 inline void check_operand(const std::string& argument, const Tensor& tensor, ScalarType dtype, const Tensor& beside,

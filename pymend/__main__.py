@@ -2,6 +2,6 @@
 
 import sys
 
-from pymend.cli import main
+from pymend.commands import main
 
 sys.exit(main())

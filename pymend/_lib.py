@@ -17,7 +17,7 @@ import warnings
 import torch  # its libraries must be loaded before those of _C
 
 try:
-    from pymend import _C  # type: ignore[attr-defined]
+    from pymend import _C
 
     _missing: str | None = None
 except ImportError as error:

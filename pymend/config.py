@@ -50,12 +50,24 @@ class EditRequest:
         return kept
 
 
+def setting(default: T, help: str) -> T:
+    """The field of a setting, with the text that ``--help`` shows for its flag."""
+    field: T = dataclasses.field(default=default, metadata={"help": help})
+    return field
+
+
 @dataclass(frozen=True)
 class EditorConfig:
     """What every trained editor has to be told: the weights it edits."""
 
-    edit: tuple[str, ...] = ()  # weight names, patterns, or mlp, attention, all, paper; empty: mlp
-    blocks: int = 0  # of a kind, how many last blocks; 0: three, of an encoder-decoder two each
+    edit: tuple[str, ...] = setting(
+        (),
+        "weights to edit: mlp, attention or all of the last blocks, paper for the paper's own "
+        "list, or names and patterns; nothing: mlp",
+    )
+    blocks: int = setting(
+        0, "how many of the last blocks; 0: three, of an encoder-decoder two of each stack"
+    )
 
     def __post_init__(self) -> None:
         _check_choices(self)
@@ -69,18 +81,20 @@ class MendConfig(EditorConfig):
     The defaults are the paper's (section 4 and appendix C); ``mend.py`` says what each does.
     """
 
-    rank: int = 1920  # width of each low-rank layer, cut to the layer's input width
-    alpha: float = 1e-4  # initial step size of every weight
-    shared: bool = True  # one network per weight shape
-    norm: bool = True
-    init: Literal["id", "xavier"] = "id"
-    init_v: Literal["normal", "xavier"] = "normal"
-    combine: bool = True  # one network on (u, delta) together
-    one_sided: bool = False
-    x_only: bool = False
-    delta_only: bool = False
-    n_edits: int = 1  # simultaneous edits the editor is trained for
-    official: bool = False  # numeric conventions of the paper's code; see docs/design.md
+    rank: int = setting(1920, "width of the editor's low-rank layers, at most the input's")
+    alpha: float = setting(1e-4, "initial step size of every weight")
+    shared: bool = setting(True, "one network for each weight shape, not for each weight")
+    norm: bool = setting(True, "normalise the inputs by running moments")
+    init: Literal["id", "xavier"] = setting("id", "start of the networks; id: the identity")
+    init_v: Literal["normal", "xavier"] = setting(
+        "normal", "start of the first factor of each layer"
+    )
+    combine: bool = setting(True, "one network for u and delta together")
+    one_sided: bool = setting(False, "transform only the smaller side")
+    x_only: bool = setting(False, "transform only u")
+    delta_only: bool = setting(False, "transform only delta")
+    n_edits: int = setting(1, "simultaneous edits the editor is trained for")
+    official: bool = setting(False, "numeric conventions of the paper's code")  # docs/design.md
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -97,9 +111,9 @@ class MendConfig(EditorConfig):
 class KeConfig(EditorConfig):
     """KnowledgeEditor, with the widths of the MEND paper's code; ``algorithms/ke.py`` uses them."""
 
-    lstm: int = 512  # hidden width of the LSTM, each way
-    condition: int = 768  # width of what it makes of a request
-    hidden: int = 512  # hidden width of the network of each weight
+    lstm: int = setting(512, "width of the LSTM that reads a request, each way")
+    condition: int = setting(768, "width of what the LSTM makes of a request")
+    hidden: int = setting(512, "width of the network of each weight")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -110,10 +124,13 @@ class KeConfig(EditorConfig):
 class EnnConfig(EditorConfig):
     """Editable neural network: one step of gradient descent on a base trained for that."""
 
-    alpha: float = 1e-2  # initial step size of every weight
-    second_order: bool = True  # differentiate through the gradient of the step
-    c_base: float = 1.0  # weight of the KL from the model to its adapted copy (generation: 10)
-    n_edits: int = 1  # simultaneous edits the editor is trained for
+    alpha: float = setting(1e-2, "initial step size of every weight")
+    second_order: bool = setting(True, "differentiate through the gradient of the inner step")
+    # The paper has 10 for generation.
+    c_base: float = setting(
+        1.0, "weight of the loss that keeps the adapted base close to the model"
+    )
+    n_edits: int = setting(1, "simultaneous edits the editor is trained for")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -126,24 +143,30 @@ class EnnConfig(EditorConfig):
 class TrainConfig:
     """The outer loop. A *step* is one optimiser step over ``batch_size`` independent episodes."""
 
-    steps: int = 1000
-    batch_size: int = 10
-    accumulate: int = 1  # passes that one step is split into, to save memory
-    outer: Literal["both", "rephrase", "prompt"] = "both"
-    lr: float = 1e-4
-    alpha_lr: float = 1e-4
-    schedule: Literal["constant", "cosine"] = "constant"
-    warmup: int = 0  # steps of linear warm-up
-    c_edit: float = 0.1
-    c_loc: float = 1.0
-    clip: float = 100.0
-    seed: int = 0
-    eval_every: int = 100  # steps
-    eval_records: int = 200
-    patience: int = 0  # evaluations without a better loss before stopping; 0: never
-    keep: Literal["best", "last"] = "best"  # the editor of the lowest validation loss, or the last
-    save_every: int = 100  # steps
-    prefix_cache: Literal["none", "memory"] = "none"
+    steps: int = setting(1000, "optimiser steps")
+    batch_size: int = setting(10, "independent edits in one step")
+    accumulate: int = setting(1, "passes that one step is split into, to save memory")
+    outer: Literal["both", "rephrase", "prompt"] = setting(
+        "both", "prompts the edit loss is taken on"
+    )
+    lr: float = setting(1e-4, "learning rate of the editor's networks")
+    alpha_lr: float = setting(1e-4, "learning rate of the step sizes alpha")
+    schedule: Literal["constant", "cosine"] = setting("constant", "learning rate after warm-up")
+    warmup: int = setting(0, "steps of linear warm-up")
+    c_edit: float = setting(0.1, "weight of the edit loss")
+    c_loc: float = setting(1.0, "weight of the locality loss")
+    clip: float = setting(100.0, "largest gradient norm")
+    seed: int = setting(0, "seed of the editor's start and of the sampling")
+    eval_every: int = setting(100, "steps between validations")
+    eval_records: int = setting(200, "validation records")
+    patience: int = setting(0, "validations without a better loss before stopping; 0: never")
+    keep: Literal["best", "last"] = setting(
+        "best", "which editor is saved: of the lowest validation loss, or the last"
+    )
+    save_every: int = setting(100, "steps between checkpoints")
+    prefix_cache: Literal["none", "memory"] = setting(
+        "none", "keep the states below the edited blocks in memory across epochs"
+    )
 
     def __post_init__(self) -> None:
         _check_choices(self)
@@ -163,15 +186,17 @@ class TrainConfig:
 class FineTuneConfig:
     """Fine-tuning on the facts of one edit (the paper's FT and FT+KL)."""
 
-    lr: float = 0.0  # of RMSprop; 0: the paper's for a model of this kind and size
-    steps: int = 100  # at most: an edit that took is done
-    clip: float = 100.0  # largest gradient norm
-    kl: bool = False  # FT+KL: hold a locality example from the training data at every step
-    c_edit: float = 0.0  # FT+KL: weight of the edit loss; 0: the paper's
-    rank: int = 0  # of the change of every weight; 0: full
-    edit: tuple[str, ...] = ()  # as of MendConfig
-    blocks: int = 0
-    seed: int = 0
+    lr: float = setting(
+        0.0, "learning rate of RMSprop; 0: the paper's for a model of this kind and size"
+    )
+    steps: int = setting(100, "steps at most: an edit that took is done")
+    clip: float = setting(100.0, "largest gradient norm")
+    kl: bool = setting(False, "FT+KL: hold a locality example from the training data at every step")
+    c_edit: float = setting(0.0, "FT+KL: weight of the edit loss; 0: the paper's")
+    rank: int = setting(0, "rank of the change of every weight; 0: full")
+    edit: tuple[str, ...] = setting((), "weights to edit, as for MEND")
+    blocks: int = setting(0, "how many of the last blocks, as for MEND")
+    seed: int = setting(0, "seed of what is drawn")
 
     def __post_init__(self) -> None:
         _check_at_least(self, 1, "steps")
@@ -184,8 +209,10 @@ class FineTuneConfig:
 class CacheConfig:
     """Remembered answers for inputs that look like the edited ones (paper, appendix G)."""
 
-    eps: float = 2.5  # distance below which an input is taken for the edited one; goes by the model
-    scale: float = 20.0  # logit of a remembered token; the others are 0
+    eps: float = setting(
+        2.5, "distance below which an input is taken for the edited one; goes by the model"
+    )
+    scale: float = setting(20.0, "logit of a remembered token; the others are 0")
 
     def __post_init__(self) -> None:
         _check_at_least(self, 0, "eps", "scale")
@@ -212,7 +239,8 @@ def _check_finite(config: Any, name: str) -> None:
 
 def to_json(config: Any) -> dict[str, Any]:
     """A dataclass as a JSON object."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return values
 
 
 def from_json(cls: type[T], values: dict[str, Any], where: str) -> T:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from pymend.algorithms.mend.mend import Mend
@@ -28,6 +27,7 @@ from pymend.evaluation import evaluate
 from pymend.evaluation.metrics import RecordScores
 from pymend.files import read_json, writable_dir, write_json
 from pymend.models.structure import weight_of
+from pymend.progress import tqdm
 from pymend.report.plots import learning_curves
 from pymend.report.tables import metrics_table, table
 from pymend.training.trainer import Trainer
@@ -361,4 +361,4 @@ def _describe(example: Example) -> str:
     headers = ("", "prompt", "before", "after", "after undo", "verdict")
     weights = "the weights are back, bit for bit" if example.weights_restored else "NOT restored"
     title = f"{example.subject}: {example.truth} -> {example.target}   (after undo {weights})"
-    return f"{title}\n{table(headers, rows, (14, 40, 20, 20, 20, 8))}"
+    return f"{title}\n{table(headers, rows)}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 
 class NonFiniteError(ValueError):
@@ -16,3 +18,9 @@ def meant_for_user(error: Exception) -> bool:
     """
     frame = list(traceback.walk_tb(error.__traceback__))[-1][0]
     return isinstance(error, OSError) or frame.f_globals.get("__name__", "").startswith("pymend")
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of a sentence about an unknown ``word``: what it is nearest to, or nothing."""
+    near = get_close_matches(word, known, 1)
+    return f"; did you mean {near[0]}?" if near else ""

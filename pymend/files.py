@@ -23,16 +23,21 @@ def cache_dir() -> Path:
     return Path(os.environ.get("PYMEND_CACHE") or Path.home() / ".cache" / "pymend")
 
 
-def writable_dir(path: str | Path) -> Path:
-    """Make ``path`` a folder that can be written to.
+def writable_dir(path: str | Path, make: bool = True) -> Path:
+    """``path`` as a folder that can be written to.
+
+    Args:
+        make: create it; else only look whether that is possible.
 
     Raises:
         PermissionError: it cannot be created or written; nothing else was changed.
     """
     folder = Path(path)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        if make:
+            folder.mkdir(parents=True, exist_ok=True)
+        there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+        with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
         raise PermissionError(
@@ -41,8 +46,11 @@ def writable_dir(path: str | Path) -> Path:
     return folder
 
 
-def empty_dir(path: str | Path) -> Path:
+def empty_dir(path: str | Path, make: bool = True) -> Path:
     """``path`` as a folder that may be filled.
+
+    Args:
+        make: as for :func:`writable_dir`.
 
     Raises:
         FileExistsError: it holds something already.
@@ -51,7 +59,7 @@ def empty_dir(path: str | Path) -> Path:
     folder = Path(path)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} is not empty; choose a new folder")
-    return writable_dir(folder)
+    return writable_dir(folder, make)
 
 
 @contextmanager

@@ -72,7 +72,8 @@ def logits_of(model: nn.Module, batch: Batch, edited: Mapping[str, Tensor] | Non
     """Logits [B, T, V] of ``batch``, with the weights in ``edited`` in place of the model's."""
     inputs = {k: v for k, v in batch.items() if k != "labels"}
     out = torch.func.functional_call(model, dict(edited or {}), kwargs=inputs)
-    return out.logits if hasattr(out, "logits") else out
+    logits: Tensor = out.logits if hasattr(out, "logits") else out
+    return logits
 
 
 # ----------------------------------------------------------------------------------- the losses
@@ -190,8 +191,8 @@ def capture(
     """
     calls: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in names}
 
-    def hook(name: str):
-        def record(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+    def hook(name: str) -> Any:
+        def record(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
             u = args[0] if args else next(iter(kwargs.values()))
             calls[name].append((u.detach(), output))
 

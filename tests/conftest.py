@@ -1,8 +1,8 @@
 """What every test shares: backends, seeds, no network, and a count of tests per backend.
 
 A test that takes ``backend`` runs once per back end of its module's BACKENDS, one that takes
-``backend_or_reference`` also with the oracle itself. The counts at the end of a run make a back end
-that did not run visible.
+``backend_or_reference`` also with the oracle itself, one that takes ``kernel`` without eager. The
+counts at the end of a run make a back end that did not run visible.
 """
 
 from __future__ import annotations
@@ -63,12 +63,16 @@ def seeds() -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    for name, first in (("backend", ()), ("backend_or_reference", ("reference",))):
-        if name in metafunc.fixturenames:
-            marks = {"cuda": pytest.mark.cuda}
-            of = (*first, *metafunc.module.BACKENDS)
-            values = [pytest.param(b, marks=marks.get(b, ())) for b in of]
-            metafunc.parametrize(name, values, indirect=True)
+    names = getattr(metafunc.module, "BACKENDS", ())
+    sets = {
+        "backend": names,
+        "backend_or_reference": ("reference", *names),
+        "kernel": [b for b in names if b != "eager"],
+    }
+    for argument in sets.keys() & set(metafunc.fixturenames):
+        marks = {"cuda": pytest.mark.cuda}
+        values = [pytest.param(b, marks=marks.get(b, ())) for b in sets[argument]]
+        metafunc.parametrize(argument, values, indirect=True)
 
 
 @pytest.fixture(scope="session")
@@ -89,7 +93,7 @@ def backend(request: pytest.FixtureRequest) -> str:
     return name
 
 
-backend_or_reference = backend
+backend_or_reference = kernel = backend
 
 
 def _need(there: bool, reason: str) -> None:
@@ -103,7 +107,7 @@ def _need(there: bool, reason: str) -> None:
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
     report = (yield).get_result()
     callspec = getattr(item, "callspec", None)
-    for name in ("backend", "backend_or_reference"):
+    for name in ("backend", "backend_or_reference", "kernel"):
         if callspec is not None and name in callspec.params:
             report.user_properties.append(("backend", callspec.params[name]))
 

@@ -1,7 +1,8 @@
-"""Hypothesis strategies shared by the op tests: sizes that hurt, odd strides, scales, zero rows."""
+"""What the op tests draw from: sizes that hurt, odd strides, scales, zero rows, block sizes."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -12,6 +13,11 @@ sizes = st.sampled_from(SIZES)
 seeds = st.integers(0, 2**31 - 1)
 scales = st.sampled_from((1e-12, 1e-3, 1.0, 1e3))
 dtypes = st.sampled_from((torch.float64, torch.float32, torch.bfloat16, torch.float16))
+
+# For the schedules of an emulated kernel; other tests hold the results of other blocks to 64's.
+blocks = pytest.mark.parametrize(
+    "block", [pytest.param(b, marks=() if b == 64 else pytest.mark.slow) for b in (32, 64, 256)]
+)
 
 
 @st.composite

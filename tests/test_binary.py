@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from stamps import where_csrc_changed
 
 from pymend import _lib
 
@@ -51,7 +52,7 @@ ROOMS = {
     "device.h": ("cuda_runtime.h", "emu/shim.h", "math/"),
     "torch_glue.h": ("torch/csrc/stable/", "torch/headeronly/", "dlfcn.h", "math/"),
     "glue/": ("torch_glue.h", "math/"),
-    "cuda/": ("torch_glue.h", "glue/", "device.h", "kernels/", "math/"),
+    "cuda/": ("torch_glue.h", "glue/", "device.h", "kernels/", "math/", "cuda/"),
     "cpu/": ("torch_glue.h", "glue/", "math/", "cpu/"),
     "emu/": (*("device.h", "kernels/", "math/", "emu/", "pybind11/"), *FIBER_HEADERS),
     "ops.cpp": ("Python.h", "torch_glue.h"),
@@ -76,16 +77,17 @@ def test_only_the_glue_includes_torch():
     assert users == ["torch_glue.h"]
 
 
-@pytest.mark.parametrize("path", sorted(CSRC.glob("cuda/*.cu")), ids=lambda p: p.stem)
-def test_launches_are_on_the_tensors_device_and_torchs_stream(path):
-    """A guard for every stream that is asked for, both by an operand's own device."""
-    text = path.read_text()
-    launches = re.findall(r"\blaunch\(.*?;", text, re.S)
-    assert launches and all("stream" in launch.lower() for launch in launches)
-    guards = re.findall(r"DeviceGuard guard\((.+?)\);", text)
-    streams = re.findall(r"current_stream\((.+?\))\)", text)
-    assert guards and guards == streams
-    assert all(device.endswith(".get_device_index()") for device in guards)
+def test_launches_are_on_the_tensors_device_and_torchs_stream():
+    """Launcher guards the device whose stream it asks for, and no kernel is launched without it."""
+    text = (CSRC / "cuda/launcher.h").read_text()
+    guard, stream = (
+        re.findall(of, text) for of in (r"\bguard_\((.+?\))\)", r"current_stream\((.+?\))\)")
+    )
+    assert guard == stream == ["operand.get_device_index()"]
+    for path in CSRC.glob("cuda/*.cu"):
+        code = path.read_text()
+        assert re.search(r"\bLauncher\b.*?\(\"\w+\", ", code), f"{path.name} launches nothing"
+        assert not re.search(r"<<<|current_stream|cuda[A-Z]\w+\(|pymend::launch", code), path.name
 
 
 def binary() -> Path:
@@ -211,11 +213,16 @@ def ptxas_report(entry: dict, output: Path) -> str:
 @needs_binary
 @needs_cuda_build
 def test_no_spills_no_stack_and_few_registers(tmp_path):
+    with where_csrc_changed("no-spills", "tests/test_binary.py"):
+        check_registers(tmp_path)
+
+
+def check_registers(folder: Path) -> None:
     commands = cuda_commands()
     if not commands:
         pytest.skip("no compile_commands.json below build/")
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        outputs = [tmp_path / f"{i}.fatbin" for i in range(len(commands))]
+        outputs = [folder / f"{i}.fatbin" for i in range(len(commands))]
         report = "".join(pool.map(ptxas_report, commands, outputs))
     pattern = (
         r"Compiling entry function '(\w+)' for '(\w+)'.*?(\d+) bytes stack frame, "

@@ -19,7 +19,7 @@ import tiny
 from test_cli import fails
 from test_data import data_file
 
-from pymend.cli import main
+from pymend.commands import main
 from pymend.config import EditRequest, Probe
 from pymend.data import load_records, load_relations, split_of
 from pymend.data.builders import (
@@ -623,8 +623,12 @@ def test_build_and_show(
         out = tmp_path / name
         assert main(["data", "build", name, *map(str, given), "--output", str(out)]) == 0
         printed = capsys.readouterr().out
-        assert (out / "card.md").read_text(encoding="utf-8") in printed
         card = read_json(out / "card.json")
+        counts = ", ".join(f"{card['splits'][s]['records']} {s}" for s in SPLITS)
+        assert printed.splitlines() == [
+            f"{name}: {counts} records",
+            f"written to {out}; its card with examples is {out / 'card.md'}",
+        ]
         assert card["seed"] == (2 if name == "fever" else 0)
     assert card["settings"]["sampler"] == model.name and card["settings"]["dtype"] == "float32"
     assert main(["data", "show", str(tmp_path / "qa" / "test.jsonl"), "--examples=2"]) == 0
@@ -645,11 +649,11 @@ def test_train_takes_what_was_built(raw: dict[str, Path], model: Path, tmp_path:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["build", "fever", "--output", "o"], "required: --raw"),
-        (["build", "nothing"], "invalid choice: 'nothing'"),
+        (["build", "fever", "--output", "o"], "--raw is missing"),
+        (["build", "nothing"], "No such command 'nothing'"),
         (["build", "fever", "--raw", "none.jsonl", "--output", "o"], "none.jsonl: no such file"),
         (["show", "none.jsonl"], "none.jsonl: no such file"),
-        (["show", "facts", "--examples=-1"], "examples is -1; it must be at least 0"),
+        (["show", "facts", "--examples=-1"], "--examples is -1; it must be at least 0"),
     ],
 )
 def test_wrong_commands(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

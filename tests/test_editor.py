@@ -14,9 +14,8 @@ from tiny import assert_close, assert_moments, official_name
 from torch import Tensor
 
 from pymend import reference as ref
-from pymend.algorithms.mend.editor import Editor
 from pymend.algorithms.mend.moments import RunningMoments
-from pymend.algorithms.mend.network import EditorNet
+from pymend.algorithms.mend.network import Editor, EditorNet
 from pymend.config import MendConfig
 from pymend.models.structure import EditedWeight
 

@@ -21,6 +21,7 @@ from ops.test_rank_update import (
     run,
     samples,
 )
+from strategies import blocks
 
 _emu = pytest.importorskip("_emu", reason="the emulation module is not built (it needs pybind11)")
 
@@ -40,7 +41,7 @@ def some_case(dtype, way):
 
 
 @pytest.mark.parametrize("dtype, way", KERNELS, ids=KERNEL_IDS)
-@pytest.mark.parametrize("block", [32, 64, 256])
+@blocks
 def test_schedules_are_bit_equal(block, dtype, way):
     cases = [some_case(dtype, way) for _ in range(1 + len(ORDERS))]
     plain = emulate(cases[0], block=block, way=way)

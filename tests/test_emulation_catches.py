@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from stamps import where_csrc_changed
 
 from pymend import _lib
 
@@ -132,20 +133,24 @@ def compile_fault(fault: Fault, folder: Path) -> None:
     command = [part.replace(f"-I{ROOT}/csrc", f"-I{sources}") for part in command]
     command = [part.replace(str(ROOT / name), str(folder / name)) for part in command]
     subprocess.run([*command, "-O1"], cwd=folder, check=True)
-    others = [o for o in OBJECTS.glob("*.o") if o.name != f"{fault.op}.cpp.o"]
+    names = [p.name for p in (ROOT / "csrc/emu").glob("*.cpp") if p.stem != fault.op]
+    others = [OBJECTS / f"{name}.o" for name in names]  # a build keeps those of sources that went
     link = [command[0], "-shared", "-o", folder / "_emu.so", made, *others]
     boost = "-DPYMEND_BOOST_CONTEXT" in command
     subprocess.run([*link, *["-lboost_context"] * boost], check=True)
     shutil.copy(_lib._C.__file__, folder)
 
 
+def suite_of(fault: Fault) -> list[str]:
+    files = ["tests/test_emulation.py", f"tests/ops/test_{fault.op}.py"]
+    return [name for name in files if (ROOT / name).exists()]
+
+
 def run_suite(fault: Fault, folder: Path) -> subprocess.CompletedProcess[str]:
     """The op's emulation tests on the module in ``folder``, up to the first failure."""
-    files = ["tests/test_emulation.py", f"tests/ops/test_{fault.op}.py"]
-    files = [name for name in files if (ROOT / name).exists()]
     options = ["-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", "-k", "emu or emulation"]
     return subprocess.run(
-        [sys.executable, "-m", "pytest", *options, *files],
+        [sys.executable, "-m", "pytest", *options, *suite_of(fault)],
         cwd=ROOT,
         env={**os.environ, "PYMEND_NATIVES": str(folder)},
         capture_output=True,
@@ -164,7 +169,10 @@ def check_caught(fault: Fault, folder: Path) -> None:
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_caught(name, tmp_path):
-    check_caught(FAULTS[name], tmp_path)
+    fault = FAULTS[name]
+    files = ["tests/test_emulation_catches.py", "tests/tolerances.py", *suite_of(fault)]
+    with where_csrc_changed(name.replace(" ", "-"), *files):
+        check_caught(fault, tmp_path)
 
 
 @pytest.mark.slow

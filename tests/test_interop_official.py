@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from pymend.algorithms.mend.mend import Mend
-from pymend.cli import main
+from pymend.commands import main
 from pymend.engine.hooks import frozen
 from pymend.engine.replay import Replay
 from pymend.interop.official import load_official

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tiny import VOCAB, facts, gpt2, llama, rel_error, seasoned_mend, tokenizer
 from torch import Tensor
 
-from pymend.cli import main
+from pymend.commands import main
 from pymend.edit import Edit, LowRank
 from pymend.errors import NonFiniteError
 from pymend.models.structure import find_weights

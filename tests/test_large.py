@@ -18,6 +18,7 @@ import pytest
 import torch
 from ops.test_editor_mlp import emulate as editor_mlp
 from ops.test_editor_mlp import emulate_backward as editor_mlp_backward
+from stamps import where_csrc_changed
 from torch import Tensor
 
 from pymend import _lib
@@ -225,6 +226,11 @@ SOURCES = [*sorted(CSRC.glob("cpu/*_rows.cpp")), *sorted(CSRC.glob("emu/*.cpp"))
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: f"{p.parent.name}/{p.name}")
 def test_no_number_is_narrowed_unseen(path):
     """A position that becomes an int without a cast is an error here, in loops and in kernels."""
+    with where_csrc_changed(f"narrowed-{path.parent.name}-{path.stem}", "tests/test_large.py"):
+        check_narrowing(path)
+
+
+def check_narrowing(path: Path) -> None:
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no g++")

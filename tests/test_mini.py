@@ -14,7 +14,7 @@ import torch
 import transformers
 from transformers import AutoTokenizer
 
-from pymend.cli import main
+from pymend.commands import main
 from pymend.data.builders.claims import NAMES
 from pymend.data.facts import load_relations, wrong_objects
 from pymend.engine.tokens import IGNORE, Encoder

@@ -18,8 +18,8 @@ from torch import nn
 from transformers import AutoConfig
 
 from pymend import MendConfig, Trainer
-from pymend.algorithms.mend.editor import Editor
-from pymend.cli import main
+from pymend.algorithms.mend.network import Editor
+from pymend.commands import main
 from pymend.config import TrainConfig
 from pymend.engine.tokens import Row
 from pymend.models.presets import Preset, preset, presets

@@ -21,7 +21,7 @@ from test_evaluation import evaluate_module
 from test_mini import tiny
 
 from pymend.algorithms.registry import load_editor
-from pymend.cli import main
+from pymend.commands import main
 from pymend.config import CacheConfig, FineTuneConfig, MendConfig
 from pymend.data.builders import Splits, fact_claims, fact_questions
 from pymend.data.builders.questions import question_wordings
@@ -749,7 +749,7 @@ def test_the_papers_numbers_can_be_read() -> None:
         (["table7"], "has no 'table7'; choose all, or of table3"),
         (["table4", "--scale", "nano"], "no scale 'nano'; choose one of mini, smollm2, paper"),
         (["all", "table12"], "has no 'table12'; choose all, or of table3"),
-        (["table4", "--jobs", "0"], "jobs is 0; it must be at least 1"),
+        (["table4", "--jobs", "0"], "--jobs is 0; it must be at least 1"),
     ],
 )
 def test_what_is_refused(

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from gpu.measure import Call, Case, Device, Operands, Run, compare_all, in_tf32
 from pymend import reference as ref
-from pymend.algorithms.mend.editor import Editor
+from pymend.algorithms.mend.network import Editor
 from pymend.config import MendConfig
 from pymend.models.structure import EditedWeight
 from pymend.ops import apply_edit

@@ -21,14 +21,6 @@ PYMEND_INLINE void forward(const EditorMlp<T>& m, const T* x, T* y, int64_t begi
   }
 }
 
-template <typename T>
-PYMEND_INLINE void forward_any(const EditorMlp<T>& m, const T* x, T* y, int64_t begin, int64_t end) {
-  if (m.modes > 0 && x) return forward<true, true>(m, x, y, begin, end);
-  if (m.modes > 0) return forward<true, false>(m, x, y, begin, end);
-  if (x) return forward<false, true>(m, x, y, begin, end);
-  return forward<false, false>(m, x, y, begin, end);
-}
-
 // The sums over rows are kept where they are wanted: a block of columns of all modes stays in the cache.
 template <bool MODES, typename T>
 PYMEND_INLINE void backward(const EditorMlp<T>& m, const EditorMlpGradients<T>& grad, int64_t begin, int64_t end) {
@@ -57,27 +49,28 @@ PYMEND_INLINE void backward(const EditorMlp<T>& m, const EditorMlpGradients<T>& 
   }
 }
 
+}  // namespace
+
 template <typename T>
-PYMEND_INLINE void backward_any(const EditorMlp<T>& m, const EditorMlpGradients<T>& grad, int64_t begin, int64_t end) {
+void editor_mlp_rows(const EditorMlp<T>& m, const T* x, T* y, int64_t begin, int64_t end) {
+  if (m.modes > 0 && x) return forward<true, true>(m, x, y, begin, end);
+  if (m.modes > 0) return forward<true, false>(m, x, y, begin, end);
+  if (x) return forward<false, true>(m, x, y, begin, end);
+  return forward<false, false>(m, x, y, begin, end);
+}
+
+template <typename T>
+void editor_mlp_columns(const EditorMlp<T>& m, const EditorMlpGradients<T>& grad, int64_t begin, int64_t end) {
   if (m.modes > 0) return backward<true>(m, grad, begin, end);
   return backward<false>(m, grad, begin, end);
 }
 
-}  // namespace
-
-void editor_mlp_rows(const EditorMlp<float>& m, const float* x, float* y, int64_t begin, int64_t end) {
-  forward_any(m, x, y, begin, end);
-}
-void editor_mlp_rows(const EditorMlp<double>& m, const double* x, double* y, int64_t begin, int64_t end) {
-  forward_any(m, x, y, begin, end);
-}
-void editor_mlp_columns(const EditorMlp<float>& m, const EditorMlpGradients<float>& grad, int64_t begin, int64_t end) {
-  backward_any(m, grad, begin, end);
-}
-void editor_mlp_columns(const EditorMlp<double>& m, const EditorMlpGradients<double>& grad, int64_t begin,
-                        int64_t end) {
-  backward_any(m, grad, begin, end);
-}
+#define PYMEND_DEFINE(T)                                                                             \
+  template void editor_mlp_rows(const EditorMlp<T>&, const T*, T*, int64_t, int64_t);                \
+  template void editor_mlp_columns(const EditorMlp<T>&, const EditorMlpGradients<T>&, int64_t, int64_t);
+PYMEND_DEFINE(double)
+PYMEND_DEFINE(float)
+#undef PYMEND_DEFINE
 
 }  // namespace PYMEND_LEVEL
 }  // namespace pymend

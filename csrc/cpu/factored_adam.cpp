@@ -6,6 +6,7 @@
 
 #include "cpu/factored_adam_rows.h"
 #include "cpu/level.h"
+#include "math/ceil_div.h"
 #include "torch_glue.h"
 
 namespace pymend {
@@ -38,7 +39,7 @@ FactoredAdam gather(const Tensor& param, const Tensor& exp_avg, const Tensor& ex
 
 // from [n, size] -> [panels][n][panel], the last one filled up with zeros
 Tensor pack(const Tensor& from, int64_t panel) {
-  const int64_t n = from.size(0), size = from.size(1), panels = (size + panel - 1) / panel;
+  const int64_t n = from.size(0), size = from.size(1), panels = ceil_div(size, panel);
   Tensor packed = torch::stable::new_empty(from, {panels, n, panel});
   const auto* source = static_cast<const float*>(from.const_data_ptr());
   auto* target = static_cast<float*>(packed.mutable_data_ptr());
@@ -64,8 +65,8 @@ void factored_adam(Tensor param, Tensor exp_avg, Tensor exp_avg_sq, Tensor left,
   const Tensor packed_left = pack(left, PANEL_ROWS), packed_right = pack(right, PANEL_COLS);
   const auto* left_ptr = static_cast<const float*>(packed_left.const_data_ptr());
   const auto* right_ptr = static_cast<const float*>(packed_right.const_data_ptr());
-  const int64_t down = (f.rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
-  const int64_t across = (f.cols + SPAN * PANEL_COLS - 1) / (SPAN * PANEL_COLS);
+  const int64_t down = ceil_div(f.rows, BLOCK_ROWS);
+  const int64_t across = ceil_div(f.cols, SPAN * PANEL_COLS);
   // Down the rows first: the panels of `right` are the larger part, and stay in L2.
   parallel_for(0, down * across, 1, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {

@@ -1,6 +1,7 @@
-// A block of one matrix, compiled once per level of x86-64: a wheel assumes none, the level is chosen at run time.
+// A block of one matrix, compiled once per level of x86-64.
 #pragma once
 
+#include "cpu/levels.h"
 #include "math/factored_adam.h"
 
 namespace pymend {
@@ -16,14 +17,8 @@ constexpr int SPAN = 10;        // panels of columns worked on together: their s
 using AdamBlock = void (*)(const FactoredAdam& f, const float* left, const float* right, int64_t begin, int64_t end,
                            int64_t col);
 
-#define PYMEND_DECLARE_LEVEL(level)                                                                                  \
-  namespace level {                                                                                                  \
-  void adam_block(const FactoredAdam& f, const float* left, const float* right, int64_t begin, int64_t end,          \
-                  int64_t col);                                                                                      \
-  }
-PYMEND_DECLARE_LEVEL(base)
-PYMEND_DECLARE_LEVEL(avx2)
-PYMEND_DECLARE_LEVEL(avx512)
-#undef PYMEND_DECLARE_LEVEL
+PYMEND_IN_EVERY_LEVEL(
+    void adam_block(const FactoredAdam& f, const float* left, const float* right, int64_t begin, int64_t end,
+                    int64_t col);)
 
 }  // namespace pymend

@@ -4,10 +4,10 @@
 #include "cpu/moments_rows.h"
 
 #include <algorithm>
-#include <tuple>
 
 #include "cpu/level.h"
 #include "glue/moments.h"
+#include "math/ceil_div.h"
 
 namespace pymend {
 namespace {
@@ -17,58 +17,53 @@ bool any_nonzero(const T* row, int64_t width) {
   return std::any_of(row, row + width, [](T x) { return x != 0; });
 }
 
-template <typename T, typename O>
-MomentsResult run(const MomentsArguments& x) {
-  static const auto normalise_columns = choose_level<NormaliseColumns<T, O>>(PYMEND_LEVELS(normalise_columns));
-  const auto segments = gather_segments<T>(x);
-  const int64_t a = x.a(), b = x.b();
-  const int64_t rows = segments.empty() ? 0 : segments.back().first + segments.back().rows;
-  const MomentsResult result = empty_moments_result(x, rows);
-  auto* live = static_cast<uint8_t*>(result.live.mutable_data_ptr());
-  auto& count = *static_cast<int64_t*>(x.count.mutable_data_ptr());
+struct Cpu {
+  template <typename T, typename O>
+  static MomentsResult run(const MomentsArguments& x) {
+    static const auto normalise_columns = choose_level<NormaliseColumns<T, O>>(PYMEND_LEVELS(normalise_columns));
+    const auto segments = gather_segments<T>(x);
+    const int64_t a = x.a(), b = x.b();
+    const int64_t rows = segments.empty() ? 0 : segments.back().first + segments.back().rows;
+    const MomentsResult result = empty_moments_result(x, rows);
+    auto* live = static_cast<uint8_t*>(result.live.mutable_data_ptr());
+    auto& count = *static_cast<int64_t*>(x.count.mutable_data_ptr());
 
-  std::vector<int64_t> kept;
-  int64_t seen = count;
-  for (const auto& segment : segments) {
-    kept.push_back(0);
-    for (int64_t r = 0; r < segment.rows; ++r) {
-      live[segment.first + r] = any_nonzero(segment.u + r * a, a) && any_nonzero(segment.delta + r * b, b);
-      kept.back() += live[segment.first + r];
+    std::vector<int64_t> kept;
+    int64_t seen = count;
+    for (const auto& segment : segments) {
+      kept.push_back(0);
+      for (int64_t r = 0; r < segment.rows; ++r) {
+        live[segment.first + r] = any_nonzero(segment.u + r * a, a) && any_nonzero(segment.delta + r * b, b);
+        kept.back() += live[segment.first + r];
+      }
+      seen += kept.back();
     }
-    seen += kept.back();
+    const MomentsTask<T, O> task{segments.data(),
+                                 static_cast<int64_t>(segments.size()),
+                                 live,
+                                 kept.data(),
+                                 a,
+                                 b,
+                                 static_cast<double*>(x.mean.mutable_data_ptr()),
+                                 static_cast<double*>(x.m2.mutable_data_ptr()),
+                                 count,
+                                 x.merge,
+                                 static_cast<O*>(result.z.mutable_data_ptr())};
+    const int64_t spans_of_u = ceil_div(a, SPAN), spans = spans_of_u + ceil_div(b, SPAN);
+    parallel_for(0, spans, 1, [&](int64_t first, int64_t last) {
+      for (int64_t span = first; span < last; ++span) {
+        const bool of_u = span < spans_of_u;
+        const int64_t begin = of_u ? span * SPAN : a + (span - spans_of_u) * SPAN;
+        normalise_columns(task, begin, static_cast<int>(std::min<int64_t>(SPAN, (of_u ? a : a + b) - begin)));
+      }
+    });
+    if (x.merge) count = seen;
+    return result;
   }
-  const MomentsTask<T, O> task{segments.data(),
-                               static_cast<int64_t>(segments.size()),
-                               live,
-                               kept.data(),
-                               a,
-                               b,
-                               static_cast<double*>(x.mean.mutable_data_ptr()),
-                               static_cast<double*>(x.m2.mutable_data_ptr()),
-                               count,
-                               x.merge,
-                               static_cast<O*>(result.z.mutable_data_ptr())};
-  const int64_t spans_of_u = (a + SPAN - 1) / SPAN, spans = spans_of_u + (b + SPAN - 1) / SPAN;
-  parallel_for(0, spans, 1, [&](int64_t first, int64_t last) {
-    for (int64_t span = first; span < last; ++span) {
-      const bool of_u = span < spans_of_u;
-      const int64_t begin = of_u ? span * SPAN : a + (span - spans_of_u) * SPAN;
-      normalise_columns(task, begin, static_cast<int>(std::min<int64_t>(SPAN, (of_u ? a : a + b) - begin)));
-    }
-  });
-  if (x.merge) count = seen;
-  return result;
-}
-
-std::tuple<Tensor, Tensor> moments(std::vector<Tensor> u, std::vector<Tensor> delta, std::vector<int64_t> counts,
-                                   Tensor mean, Tensor m2, Tensor count, bool merge, ScalarType dtype) {
-  const MomentsArguments x{u, delta, counts, mean, m2, count, merge, dtype};
-  const auto result = by_dtypes(x, [&](auto row, auto out) { return run<decltype(row), decltype(out)>(x); });
-  return {result.z, result.live};
-}
+};
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(pymend, CPU, m) { m.impl("moments", TORCH_BOX(&moments)); }
+STABLE_TORCH_LIBRARY_IMPL(pymend, CPU, m) { m.impl("moments", TORCH_BOX(&moments<Cpu>)); }
 
 }  // namespace pymend

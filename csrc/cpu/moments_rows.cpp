@@ -128,18 +128,14 @@ PYMEND_INLINE void normalise(const MomentsTask<T, O>& task, int64_t begin, int w
 
 }  // namespace
 
-void normalise_columns(const MomentsTask<float, float>& task, int64_t begin, int width) {
+template <typename T, typename O>
+void normalise_columns(const MomentsTask<T, O>& task, int64_t begin, int width) {
   normalise(task, begin, width);
 }
-void normalise_columns(const MomentsTask<float, double>& task, int64_t begin, int width) {
-  normalise(task, begin, width);
-}
-void normalise_columns(const MomentsTask<double, float>& task, int64_t begin, int width) {
-  normalise(task, begin, width);
-}
-void normalise_columns(const MomentsTask<double, double>& task, int64_t begin, int width) {
-  normalise(task, begin, width);
-}
+template void normalise_columns(const MomentsTask<float, float>&, int64_t, int);
+template void normalise_columns(const MomentsTask<float, double>&, int64_t, int);
+template void normalise_columns(const MomentsTask<double, float>&, int64_t, int);
+template void normalise_columns(const MomentsTask<double, double>&, int64_t, int);
 
 }  // namespace PYMEND_LEVEL
 }  // namespace pymend

@@ -1,6 +1,7 @@
-// Columns of the joined rows, compiled once per level of x86-64: a wheel assumes none, the level is chosen at run time.
+// Columns of the joined rows, compiled once per level of x86-64.
 #pragma once
 
+#include "cpu/levels.h"
 #include "math/moments.h"
 
 namespace pymend {
@@ -25,16 +26,8 @@ struct MomentsTask {
 template <typename T, typename O>
 using NormaliseColumns = void (*)(const MomentsTask<T, O>& task, int64_t begin, int width);
 
-#define PYMEND_DECLARE_LEVEL(level)                                                             \
-  namespace level {                                                                             \
-  void normalise_columns(const MomentsTask<float, float>& task, int64_t begin, int width);      \
-  void normalise_columns(const MomentsTask<float, double>& task, int64_t begin, int width);     \
-  void normalise_columns(const MomentsTask<double, float>& task, int64_t begin, int width);     \
-  void normalise_columns(const MomentsTask<double, double>& task, int64_t begin, int width);    \
-  }
-PYMEND_DECLARE_LEVEL(base)
-PYMEND_DECLARE_LEVEL(avx2)
-PYMEND_DECLARE_LEVEL(avx512)
-#undef PYMEND_DECLARE_LEVEL
+PYMEND_IN_EVERY_LEVEL(
+    template <typename T, typename O>
+    void normalise_columns(const MomentsTask<T, O>& task, int64_t begin, int width);)
 
 }  // namespace pymend

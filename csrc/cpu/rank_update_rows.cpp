@@ -117,18 +117,26 @@ PYMEND_INLINE float bound(const RankUpdate<T>& m) {
 
 }  // namespace
 
-Kept update_rows(const RankUpdate<Bf16>& m, RowsStep how, int64_t begin, int64_t end, float* packed) {
-  return how.random ? update<true>(m, how, begin, end, packed) : update<false>(m, how, begin, end, packed);
-}
-Kept update_rows(const RankUpdate<Fp16>& m, RowsStep how, int64_t begin, int64_t end, float* packed) {
-  return how.random ? update<true>(m, how, begin, end, packed) : update<false>(m, how, begin, end, packed);
-}
-Kept update_rows(const RankUpdate<float>& m, RowsStep how, int64_t begin, int64_t end, float* packed) {
+template <typename T>
+Kept update_rows(const RankUpdate<T>& m, RowsStep how, int64_t begin, int64_t end, float* packed) {
+  if constexpr (sizeof(T) == 2) {
+    if (how.random) return update<true>(m, how, begin, end, packed);
+  }
   return update<false>(m, how, begin, end, packed);
 }
-float largest_change(const RankUpdate<Bf16>& m) { return bound(m); }
-float largest_change(const RankUpdate<Fp16>& m) { return bound(m); }
-float largest_change(const RankUpdate<float>& m) { return bound(m); }
+
+template <typename T>
+float largest_change(const RankUpdate<T>& m) {
+  return bound(m);
+}
+
+#define PYMEND_DEFINE(T)                                                                     \
+  template Kept update_rows(const RankUpdate<T>&, RowsStep, int64_t, int64_t, float*);       \
+  template float largest_change(const RankUpdate<T>&);
+PYMEND_DEFINE(float)
+PYMEND_DEFINE(Bf16)
+PYMEND_DEFINE(Fp16)
+#undef PYMEND_DEFINE
 
 }  // namespace PYMEND_LEVEL
 }  // namespace pymend

@@ -1,6 +1,7 @@
-// Rows of one matrix, compiled once per level of x86-64: a wheel assumes none, the level is chosen at run time.
+// Rows of one matrix, compiled once per level of x86-64.
 #pragma once
 
+#include "cpu/levels.h"
 #include "math/rank_update.h"
 
 namespace pymend {
@@ -23,19 +24,10 @@ using UpdateRows = Kept (*)(const RankUpdate<T>& matrix, RowsStep how, int64_t b
 template <typename T>
 using LargestChange = float (*)(const RankUpdate<T>& matrix);
 
-#define PYMEND_DECLARE_LEVEL_OF(level, T)                                                                 \
-  namespace level {                                                                                      \
-  Kept update_rows(const RankUpdate<T>& matrix, RowsStep how, int64_t begin, int64_t end, float* packed); \
-  float largest_change(const RankUpdate<T>& matrix);                                                     \
-  }
-#define PYMEND_DECLARE_LEVEL(level)     \
-  PYMEND_DECLARE_LEVEL_OF(level, Bf16)  \
-  PYMEND_DECLARE_LEVEL_OF(level, Fp16)  \
-  PYMEND_DECLARE_LEVEL_OF(level, float)
-PYMEND_DECLARE_LEVEL(base)
-PYMEND_DECLARE_LEVEL(avx2)
-PYMEND_DECLARE_LEVEL(avx512)
-#undef PYMEND_DECLARE_LEVEL
-#undef PYMEND_DECLARE_LEVEL_OF
+PYMEND_IN_EVERY_LEVEL(
+    template <typename T>
+    Kept update_rows(const RankUpdate<T>& matrix, RowsStep how, int64_t begin, int64_t end, float* packed);
+    template <typename T>
+    float largest_change(const RankUpdate<T>& matrix);)
 
 }  // namespace pymend

@@ -105,14 +105,20 @@ PYMEND_INLINE void write(const RowGradient<Acc<T>> row, const T* logits, const T
 
 }  // namespace
 
-#define PYMEND_DEFINE(T)                                                                                         \
-  RowSums<double> read_part(const T* logits, const T* base, int64_t begin, int64_t end) {                        \
-    return read(logits, base, begin, end);                                                                       \
-  }                                                                                                              \
-  void write_gradient(const RowGradient<Acc<T>>& row, const T* logits, const T* base, T* grad, int64_t begin, \
-                      int64_t end) {                                                                             \
-    write(row, logits, base, grad, begin, end);                                                                  \
-  }
+template <typename T>
+RowSums<double> read_part(const T* logits, const T* base, int64_t begin, int64_t end) {
+  return read(logits, base, begin, end);
+}
+
+template <typename T>
+void write_gradient(const RowGradient<Acc<T>>& row, const T* logits, const T* base, T* grad, int64_t begin,
+                    int64_t end) {
+  write(row, logits, base, grad, begin, end);
+}
+
+#define PYMEND_DEFINE(T)                                                                                    \
+  template RowSums<double> read_part(const T*, const T*, int64_t, int64_t);                                 \
+  template void write_gradient(const RowGradient<Acc<T>>&, const T*, const T*, T*, int64_t, int64_t);
 PYMEND_DEFINE(double)
 PYMEND_DEFINE(float)
 PYMEND_DEFINE(Bf16)

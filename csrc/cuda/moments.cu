@@ -1,8 +1,7 @@
-// moments on CUDA tensors: checks, launches on torch's current stream.
+// moments on CUDA tensors.
 #include "kernels/moments.cuh"
 
-#include <tuple>
-
+#include "cuda/launcher.h"
 #include "glue/moments.h"
 
 namespace pymend {
@@ -11,51 +10,41 @@ namespace {
 constexpr int ROWS_BLOCK = 256;
 constexpr int COLUMNS_BLOCK = 64;  // a few thousand columns: small blocks spread them over the device
 
-template <typename T, typename O>
-MomentsResult run(const MomentsArguments& x) {
-  const auto segments = gather_segments<T>(x);
-  const DeviceGuard guard(x.mean.get_device_index());
-  const auto stream = static_cast<Stream>(current_stream(x.mean.get_device_index()));
-  const int64_t columns = x.a() + x.b();
-  const int64_t rows = segments.empty() ? 0 : segments.back().first + segments.back().rows;
-  MomentsResult result = empty_moments_result(x, rows);
-  if (rows == 0 || columns == 0) {
-    torch::stable::zero_(result.live);  // a row of nothing is dead
+struct Cuda {
+  template <typename T, typename O>
+  static MomentsResult run(const MomentsArguments& x) {
+    const auto segments = gather_segments<T>(x);
+    const Launcher launch("moments", x.mean);
+    const int64_t columns = x.a() + x.b();
+    const int64_t rows = segments.empty() ? 0 : segments.back().first + segments.back().rows;
+    MomentsResult result = empty_moments_result(x, rows);
+    if (rows == 0 || columns == 0) {
+      torch::stable::zero_(result.live);  // a row of nothing is dead
+      return result;
+    }
+    Tensor before = torch::stable::new_empty(x.mean, {1}, ScalarType::Long);
+    auto* live_ptr = static_cast<uint8_t*>(result.live.mutable_data_ptr());
+    auto* before_ptr = static_cast<int64_t*>(before.mutable_data_ptr());
+    auto* count_ptr = static_cast<int64_t*>(x.count.mutable_data_ptr());
+
+    for (size_t first = 0; first < segments.size(); first += MAX_SEGMENTS) {
+      SegmentList<T> list;
+      list.a = x.a();
+      list.b = x.b();
+      for (size_t s = first; s < segments.size() && list.count < MAX_SEGMENTS; ++s) list.item[list.count++] = segments[s];
+      launch(live_rows_kernel<T, ROWS_BLOCK>, list.row_blocks(), ROWS_BLOCK, sizeof(LiveRowsShared<ROWS_BLOCK>), list,
+             count_ptr, before_ptr, live_ptr);
+      launch(moments_kernel<T, O, COLUMNS_BLOCK>, list.column_blocks(COLUMNS_BLOCK, x.merge), COLUMNS_BLOCK, 0, list,
+             live_ptr, before_ptr, static_cast<double*>(x.mean.mutable_data_ptr()),
+             static_cast<double*>(x.m2.mutable_data_ptr()), count_ptr, x.merge,
+             static_cast<O*>(result.z.mutable_data_ptr()));
+    }
     return result;
   }
-  Tensor before = torch::stable::new_empty(x.mean, {1}, ScalarType::Long);
-  auto* live_ptr = static_cast<uint8_t*>(result.live.mutable_data_ptr());
-  auto* before_ptr = static_cast<int64_t*>(before.mutable_data_ptr());
-  auto* count_ptr = static_cast<int64_t*>(x.count.mutable_data_ptr());
-
-  for (size_t first = 0; first < segments.size(); first += MAX_SEGMENTS) {
-    SegmentList<T> list;
-    list.a = x.a();
-    list.b = x.b();
-    for (size_t s = first; s < segments.size() && list.count < MAX_SEGMENTS; ++s) list.item[list.count++] = segments[s];
-    const int64_t row_blocks = list.row_blocks(), column_blocks = list.column_blocks(COLUMNS_BLOCK, x.merge);
-    PYMEND_CHECK(row_blocks <= INT32_MAX && column_blocks <= INT32_MAX, "z [", rows, ", ", columns,
-                 "] needs more blocks than a grid has");
-    launch(live_rows_kernel<T, ROWS_BLOCK>, row_blocks, ROWS_BLOCK, sizeof(LiveRowsShared<ROWS_BLOCK>), stream, list,
-           count_ptr, before_ptr, live_ptr);
-    launch(moments_kernel<T, O, COLUMNS_BLOCK>, column_blocks, COLUMNS_BLOCK, 0, stream, list, live_ptr, before_ptr,
-           static_cast<double*>(x.mean.mutable_data_ptr()), static_cast<double*>(x.m2.mutable_data_ptr()), count_ptr,
-           x.merge, static_cast<O*>(result.z.mutable_data_ptr()));
-  }
-  const cudaError_t error = cudaGetLastError();
-  PYMEND_CHECK(error == cudaSuccess, "moments could not be launched: ", cudaGetErrorString(error));
-  return result;
-}
-
-std::tuple<Tensor, Tensor> moments(std::vector<Tensor> u, std::vector<Tensor> delta, std::vector<int64_t> counts,
-                                   Tensor mean, Tensor m2, Tensor count, bool merge, ScalarType dtype) {
-  const MomentsArguments x{u, delta, counts, mean, m2, count, merge, dtype};
-  const auto result = by_dtypes(x, [&](auto row, auto out) { return run<decltype(row), decltype(out)>(x); });
-  return {result.z, result.live};
-}
+};
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(pymend, CUDA, m) { m.impl("moments", TORCH_BOX(&moments)); }
+STABLE_TORCH_LIBRARY_IMPL(pymend, CUDA, m) { m.impl("moments", TORCH_BOX(&moments<Cuda>)); }
 
 }  // namespace pymend

@@ -1,9 +1,10 @@
-// rank_update on CUDA tensors: checks, launches on torch's current stream.
+// rank_update on CUDA tensors.
 #include "kernels/rank_update.cuh"
 #include "kernels/rank_update_mma.cuh"
 
 #include <algorithm>
 
+#include "cuda/launcher.h"
 #include "glue/rank_update.h"
 
 namespace pymend {
@@ -35,11 +36,11 @@ Shape tile_of(Way way) {
 
 // Gathers matrices for one of the kernels and launches it whenever a list is full.
 template <typename T>
-struct Launcher {
+struct Lists {
   const Acc<T>* step;
   Acc<T>* fidelity;
   const Tensor& alpha;
-  Stream stream;
+  const Launcher& launch;
   bool random;
   Way way;
   int64_t strip;  // tiles of a block
@@ -52,13 +53,10 @@ struct Launcher {
 
   void run() {
     if (list.count == 0) return;
-    PYMEND_CHECK(list.tiles <= INT32_MAX, "weights[", list.item[0].index, "] and the next ", list.count - 1,
-                 " make more tiles than a grid has blocks: ", list.tiles);
     Tensor partial = torch::stable::new_empty(alpha, {2 * list.tiles}, ScalarType::Double);
     auto* kept = static_cast<Kept*>(partial.mutable_data_ptr());
     if (list.tiles > 0) update(kept);
-    launch_early(fidelity_kernel<T, BLOCK>, list.count, BLOCK, sizeof(FidelityShared<BLOCK>), stream, list, kept,
-                 fidelity);
+    launch.early(fidelity_kernel<T, BLOCK>, list.count, BLOCK, sizeof(FidelityShared<BLOCK>), list, kept, fidelity);
     list = {};
   }
 
@@ -68,7 +66,7 @@ struct Launcher {
       if (way != Way::Simt) return update_by_mma(kept);
       if (random) simt = rank_update_kernel<T, BLOCK, true>;
     }
-    launch(simt, list.tiles, BLOCK, sizeof(RankUpdateShared<T, BLOCK>), stream, list, step, kept);
+    launch(simt, list.tiles, BLOCK, sizeof(RankUpdateShared<T, BLOCK>), list, step, kept);
   }
 
   void update_by_mma(Kept* kept) {
@@ -76,7 +74,7 @@ struct Launcher {
     const int64_t units = packed.first[list.count];
     Tensor words = torch::stable::new_empty(alpha, {units * UNIT_WORDS}, ScalarType::Int);
     packed.words = static_cast<uint32_t*>(words.mutable_data_ptr());
-    launch(pack_factors_kernel<T, BLOCK>, ceil_div(units, BLOCK / WARP), BLOCK, 0, stream, list, packed);
+    launch(pack_factors_kernel<T, BLOCK>, ceil_div(units, BLOCK / WARP), BLOCK, 0, list, packed);
     auto* kernel = random ? rank_update_mma_kernel<T, MMA_BLOCK, true> : rank_update_mma_kernel<T, MMA_BLOCK, false>;
     int turns = static_cast<int>(strip);
     if constexpr (std::is_same<T, Bf16>::value) {
@@ -85,8 +83,8 @@ struct Launcher {
         turns *= AHEAD;
       }
     }
-    launch_early(kernel, list.tiles, MMA_BLOCK, sizeof(RankUpdateMmaShared<MMA_BLOCK>), stream, list, packed, step,
-                 turns, kept);
+    launch.early(kernel, list.tiles, MMA_BLOCK, sizeof(RankUpdateMmaShared<MMA_BLOCK>), list, packed, step, turns,
+                 kept);
   }
 };
 
@@ -100,50 +98,32 @@ int64_t strip_for(const std::vector<RankUpdate<T>>& matrices, Way way) {
   return std::clamp(tiles / TILES_FOR_WAVES, int64_t{1}, way == Way::Strip ? LONGEST_STRIP / AHEAD : LONGEST_STRIP);
 }
 
-template <typename T>
-Tensor run(const std::vector<Tensor>& weights, const std::vector<Tensor>& u, const std::vector<Tensor>& delta,
-           const Tensor& alpha, const std::vector<bool>& transposed, const std::vector<int64_t>& seeds) {
-  const auto matrices = gather_rank_update<T>(weights, u, delta, alpha, transposed, seeds);
-  const DeviceGuard guard(weights[0].get_device_index());
-  const auto stream = static_cast<Stream>(current_stream(weights[0].get_device_index()));
-  const auto* step = static_cast<const Acc<T>*>(alpha.const_data_ptr());
-  Tensor fidelity = torch::stable::empty_like(alpha);
-  auto* fidelity_ptr = static_cast<Acc<T>*>(fidelity.mutable_data_ptr());
+struct Cuda {
+  using Weights = OneOf<double, float, Bf16, Fp16>;
+  static constexpr const char* NOTE = "";
 
-  const bool random = !seeds.empty();
-  for (const Way way : {Way::Simt, Way::Strip, Way::Mma}) {
-    Launcher<T> next{step, fidelity_ptr, alpha, stream, random, way, strip_for(matrices, way)};
-    for (const auto& matrix : matrices) {
-      if (way_of(matrix, random) == way) next.add(matrix);
+  template <typename T>
+  static Tensor run(const RankUpdateArguments& of) {
+    const auto matrices = gather_rank_update<T>(of);
+    const Launcher launch("rank_update", of.weights[0]);
+    const auto* step = static_cast<const Acc<T>*>(of.alpha.const_data_ptr());
+    Tensor fidelity = torch::stable::empty_like(of.alpha);
+    auto* fidelity_ptr = static_cast<Acc<T>*>(fidelity.mutable_data_ptr());
+
+    const bool random = !of.seeds.empty();
+    for (const Way way : {Way::Simt, Way::Strip, Way::Mma}) {
+      Lists<T> next{step, fidelity_ptr, of.alpha, launch, random, way, strip_for(matrices, way)};
+      for (const auto& matrix : matrices) {
+        if (way_of(matrix, random) == way) next.add(matrix);
+      }
+      next.run();
     }
-    next.run();
+    return fidelity;
   }
-  const cudaError_t error = cudaGetLastError();
-  PYMEND_CHECK(error == cudaSuccess, "rank_update could not be launched: ", cudaGetErrorString(error));
-  return fidelity;
-}
-
-Tensor rank_update(std::vector<Tensor> weights, std::vector<Tensor> u, std::vector<Tensor> delta, Tensor alpha,
-                   std::vector<bool> transposed, std::vector<int64_t> seeds) {
-  PYMEND_CHECK(!weights.empty(), "weights is empty");
-  switch (weights[0].scalar_type()) {
-    case ScalarType::Double:
-      return run<double>(weights, u, delta, alpha, transposed, seeds);
-    case ScalarType::Float:
-      return run<float>(weights, u, delta, alpha, transposed, seeds);
-    case ScalarType::BFloat16:
-      return run<Bf16>(weights, u, delta, alpha, transposed, seeds);
-    case ScalarType::Half:
-      return run<Fp16>(weights, u, delta, alpha, transposed, seeds);
-    default:
-      PYMEND_CHECK(false, "weights[0] has dtype ", name_of(weights[0].scalar_type()),
-                   ", expected Double, Float, BFloat16 or Half");
-  }
-  return alpha;
-}
+};
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(pymend, CUDA, m) { m.impl("rank_update", TORCH_BOX(&rank_update)); }
+STABLE_TORCH_LIBRARY_IMPL(pymend, CUDA, m) { m.impl("rank_update", TORCH_BOX(&rank_update<Cuda>)); }
 
 }  // namespace pymend

@@ -6,8 +6,10 @@
 
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "emu/shim.h"
+#include "math/rounding.h"
 
 namespace pymend {
 namespace emu {
@@ -18,6 +20,34 @@ inline Schedule parse_schedule(const std::string& order, uint64_t seed) {
   if (order == "random") return {Schedule::random, seed};
   if (order == "last") return {Schedule::last, seed};
   throw std::invalid_argument("schedule is '" + order + "', expected forward, reversed, random or last");
+}
+
+// Calls body(T()) for the T among Types that goes by this name.
+template <typename T>
+constexpr const char* NAME = "float32";
+template <>
+constexpr const char* NAME<double> = "float64";
+template <>
+constexpr const char* NAME<Bf16> = "bfloat16";
+template <>
+constexpr const char* NAME<Fp16> = "float16";
+
+template <typename... Types, typename Body>
+void by_dtype(const std::string& dtype, const Body& body) {
+  if (!((dtype == NAME<Types> && (body(Types()), true)) || ...)) {
+    throw std::invalid_argument("dtype is '" + dtype + "'");
+  }
+}
+
+// Calls body(std::integral_constant<int, block>()) for a block among BLOCKS.
+template <int... BLOCKS, typename Body>
+void by_block(int block, const Body& body) {
+  if (!((block == BLOCKS && (body(std::integral_constant<int, BLOCKS>()), true)) || ...)) {
+    std::string all;
+    size_t left = sizeof...(BLOCKS);
+    ((all += std::to_string(BLOCKS), all += --left > 1 ? ", " : left ? " or " : ""), ...);
+    throw std::invalid_argument("block is " + std::to_string(block) + ", expected " + all);
+  }
 }
 
 // An address from Python as a pointer.

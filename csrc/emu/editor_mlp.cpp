@@ -34,38 +34,22 @@ void backward_on(const EditorMlp<T>& m, const Gradients& of, const Schedule& sch
   }
 }
 
-template <typename T>
-void forward_in(const EditorMlp<T>& m, uintptr_t x, uintptr_t y, int block, const Schedule& schedule) {
-  if (block == 32) return forward_on<T, 32>(m, x, y, schedule);
-  if (block == 64) return forward_on<T, 64>(m, x, y, schedule);
-  if (block == 256) return forward_on<T, 256>(m, x, y, schedule);
-  throw std::invalid_argument("block is " + std::to_string(block) + ", expected 32, 64 or 256");
-}
-
-template <typename T>
-void backward_in(const EditorMlp<T>& m, const Gradients& grad, int block, const Schedule& schedule) {
-  if (block == 32) return backward_on<T, 32>(m, grad, schedule);
-  if (block == 64) return backward_on<T, 64>(m, grad, schedule);
-  if (block == 256) return backward_on<T, 256>(m, grad, schedule);
-  throw std::invalid_argument("block is " + std::to_string(block) + ", expected 32, 64 or 256");
-}
-
 void editor_mlp(const std::string& dtype, const Operands& of, const Sizes& sizes, uintptr_t x, uintptr_t y, int block,
                 const std::string& order, uint64_t seed) {
   const auto schedule = parse_schedule(order, seed);
-  if (dtype == "float64") return forward_in(gather<double>(of, sizes), x, y, block, schedule);
-  if (dtype == "float32") return forward_in(gather<float>(of, sizes), x, y, block, schedule);
-  if (dtype == "bfloat16") return forward_in(gather<Bf16>(of, sizes), x, y, block, schedule);
-  if (dtype == "float16") return forward_in(gather<Fp16>(of, sizes), x, y, block, schedule);
-  throw std::invalid_argument("dtype is '" + dtype + "'");
+  by_dtype<double, float, Bf16, Fp16>(dtype, [&](auto kind) {
+    using T = decltype(kind);
+    by_block<32, 64, 256>(block, [&](auto size) { forward_on<T, size>(gather<T>(of, sizes), x, y, schedule); });
+  });
 }
 
 void editor_mlp_backward(const std::string& dtype, const Operands& of, const Sizes& sizes, const Gradients& grad,
                          int block, const std::string& order, uint64_t seed) {
   const auto schedule = parse_schedule(order, seed);
-  if (dtype == "float64") return backward_in(gather<double>(of, sizes), grad, block, schedule);
-  if (dtype == "float32") return backward_in(gather<float>(of, sizes), grad, block, schedule);
-  throw std::invalid_argument("dtype is '" + dtype + "'");
+  by_dtype<double, float>(dtype, [&](auto kind) {
+    using T = decltype(kind);
+    by_block<32, 64, 256>(block, [&](auto size) { backward_on<T, size>(gather<T>(of, sizes), grad, schedule); });
+  });
 }
 
 }  // namespace

@@ -42,28 +42,18 @@ void moments_on(const std::vector<Rows>& segments, int64_t a, int64_t b, const S
   }
 }
 
-template <typename T, typename O>
-void moments_in(const std::vector<Rows>& segments, int64_t a, int64_t b, const State& state, int segments_per_launch,
-                int block, const Schedule& schedule) {
-  switch (block) {
-    case 32:
-      return moments_on<T, O, 32>(segments, a, b, state, segments_per_launch, schedule);
-    case 64:
-      return moments_on<T, O, 64>(segments, a, b, state, segments_per_launch, schedule);
-    case 256:
-      return moments_on<T, O, 256>(segments, a, b, state, segments_per_launch, schedule);
-  }
-  throw std::invalid_argument("block is " + std::to_string(block) + ", expected 32, 64 or 256");
-}
-
 void moments(const std::string& rows, const std::string& out, const std::vector<Rows>& segments, int64_t a, int64_t b,
              uintptr_t mean, uintptr_t m2, uintptr_t count, uintptr_t z, bool merge, int segments_per_launch, int block,
              const std::string& order, uint64_t seed) {
   const State state{mean, m2, count, z, merge};
   const auto schedule = parse_schedule(order, seed);
-  const auto run = rows == "float32" ? (out == "float32" ? &moments_in<float, float> : &moments_in<float, double>)
-                                     : (out == "float32" ? &moments_in<double, float> : &moments_in<double, double>);
-  run(segments, a, b, state, segments_per_launch, block, schedule);
+  by_dtype<double, float>(rows, [&](auto row) {
+    by_dtype<double, float>(out, [&](auto result) {
+      by_block<32, 64, 256>(block, [&](auto size) {
+        moments_on<decltype(row), decltype(result), size>(segments, a, b, state, segments_per_launch, schedule);
+      });
+    });
+  });
 }
 
 }  // namespace

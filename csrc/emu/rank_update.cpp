@@ -74,35 +74,19 @@ void rank_update_on(const std::vector<Matrix>& matrices, uintptr_t alpha, uintpt
          at<Acc<T>>(fidelity));
 }
 
-template <typename T>
-void rank_update_in(const std::vector<Matrix>& matrices, uintptr_t alpha, uintptr_t fidelity, int block, bool random,
-                    Way way, const Schedule& schedule) {
-  if (way != Way::Simt && sizeof(T) != 2) {
-    throw std::invalid_argument("tensor cores serve bfloat16 and float16 weights");
-  }
-  switch (block) {
-    case 32:
-      return rank_update_on<T, 32>(matrices, alpha, fidelity, random, way, schedule);
-    case 64:
-      return rank_update_on<T, 64>(matrices, alpha, fidelity, random, way, schedule);
-    case 128:
-      return rank_update_on<T, 128>(matrices, alpha, fidelity, random, way, schedule);
-    case 256:
-      return rank_update_on<T, 256>(matrices, alpha, fidelity, random, way, schedule);
-  }
-  throw std::invalid_argument("block is " + std::to_string(block) + ", expected 32, 64, 128 or 256");
-}
-
 void rank_update(const std::string& dtype, const std::vector<Matrix>& matrices, uintptr_t alpha, uintptr_t fidelity,
                  int block, bool random, const std::string& way, const std::string& order, uint64_t seed) {
   if (matrices.size() > MAX_MATRICES) throw std::invalid_argument("one launch takes 32 matrices");
   const auto schedule = parse_schedule(order, seed);
   const Way by = parse_way(way);
-  if (dtype == "float64") return rank_update_in<double>(matrices, alpha, fidelity, block, random, by, schedule);
-  if (dtype == "float32") return rank_update_in<float>(matrices, alpha, fidelity, block, random, by, schedule);
-  if (dtype == "bfloat16") return rank_update_in<Bf16>(matrices, alpha, fidelity, block, random, by, schedule);
-  if (dtype == "float16") return rank_update_in<Fp16>(matrices, alpha, fidelity, block, random, by, schedule);
-  throw std::invalid_argument("dtype is '" + dtype + "'");
+  by_dtype<double, float, Bf16, Fp16>(dtype, [&](auto kind) {
+    using T = decltype(kind);
+    if (by != Way::Simt && sizeof(T) != 2) {
+      throw std::invalid_argument("tensor cores serve bfloat16 and float16 weights");
+    }
+    by_block<32, 64, 128, 256>(
+        block, [&](auto size) { rank_update_on<T, size>(matrices, alpha, fidelity, random, by, schedule); });
+  });
 }
 
 }  // namespace

@@ -42,27 +42,13 @@ void token_losses_on(const Addresses& a, int64_t rows, int64_t vocabulary, const
   launch(backward, rows * gradient_tiles<BLOCK>(vocabulary), BLOCK, 0, &schedule, g);
 }
 
-template <typename T>
-void token_losses_in(const Addresses& a, int64_t rows, int64_t vocabulary, int block, const Schedule& schedule) {
-  switch (block) {
-    case 32:
-      return token_losses_on<T, 32>(a, rows, vocabulary, schedule);
-    case 64:
-      return token_losses_on<T, 64>(a, rows, vocabulary, schedule);
-    case 256:
-      return token_losses_on<T, 256>(a, rows, vocabulary, schedule);
-  }
-  throw std::invalid_argument("block is " + std::to_string(block) + ", expected 32, 64 or 256");
-}
-
 void token_losses(const std::string& dtype, const Addresses& a, int64_t rows, int64_t vocabulary, int block,
                   const std::string& order, uint64_t seed) {
   const auto schedule = parse_schedule(order, seed);
-  if (dtype == "float64") return token_losses_in<double>(a, rows, vocabulary, block, schedule);
-  if (dtype == "float32") return token_losses_in<float>(a, rows, vocabulary, block, schedule);
-  if (dtype == "bfloat16") return token_losses_in<Bf16>(a, rows, vocabulary, block, schedule);
-  if (dtype == "float16") return token_losses_in<Fp16>(a, rows, vocabulary, block, schedule);
-  throw std::invalid_argument("dtype is '" + dtype + "'");
+  by_dtype<double, float, Bf16, Fp16>(dtype, [&](auto kind) {
+    by_block<32, 64, 256>(
+        block, [&](auto size) { token_losses_on<decltype(kind), size>(a, rows, vocabulary, schedule); });
+  });
 }
 
 float exp_of(float x) { return exp_down(x); }

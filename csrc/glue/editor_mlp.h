@@ -1,17 +1,26 @@
 // Checks and gathers the operands of editor_mlp and its backward: once, for CPU and CUDA.
 #pragma once
 
-#include <optional>
+#include <tuple>
 
 #include "math/editor_mlp.h"
 #include "torch_glue.h"
 
 namespace pymend {
 
+// What forward and backward are given besides x or the gradient of y.
+struct EditorMlpArguments {
+  const Tensor& p;
+  const Tensor& bias;
+  const std::optional<Tensor>& scale;
+  const std::optional<Tensor>& shift;
+  const Tensor& mode;
+};
+
 // Shapes and dtypes as the schemas in ops.cpp say.
 template <typename T>
-EditorMlp<T> gather_editor_mlp(const Tensor& p, const Tensor& bias, const std::optional<Tensor>& scale,
-                               const std::optional<Tensor>& shift, const Tensor& mode) {
+EditorMlp<T> gather_editor_mlp(const EditorMlpArguments& of) {
+  const auto& [p, bias, scale, shift, mode] = of;
   const ScalarType dtype = p.scalar_type();
   check_operand("p", p, dtype, p, {-1, -1});
   const int64_t rows = p.size(0), cols = p.size(1);
@@ -37,13 +46,12 @@ struct EditorMlpResult {
   Tensor p, bias, scale, shift;
 };
 
-inline EditorMlpResult empty_editor_mlp_result(const Tensor& p, const Tensor& bias,
-                                               const std::optional<Tensor>& scale) {
-  const std::vector<int64_t> none = {0, p.size(1)};
+inline EditorMlpResult empty_editor_mlp_result(const EditorMlpArguments& of) {
+  const std::vector<int64_t> none = {0, of.p.size(1)};
   const auto per_mode = [&] {
-    return scale.has_value() ? torch::stable::empty_like(*scale) : torch::stable::new_empty(p, none);
+    return of.scale.has_value() ? torch::stable::empty_like(*of.scale) : torch::stable::new_empty(of.p, none);
   };
-  return {torch::stable::empty_like(p), torch::stable::empty_like(bias), per_mode(), per_mode()};
+  return {torch::stable::empty_like(of.p), torch::stable::empty_like(of.bias), per_mode(), per_mode()};
 }
 
 template <typename T>
@@ -54,10 +62,32 @@ EditorMlpGradients<T> gather_gradients(const Tensor& grad, const Tensor& p, cons
           static_cast<T*>(result.shift.mutable_data_ptr())};
 }
 
-inline void check_editor_mlp_dtype(const Tensor& p) {
-  const ScalarType dtype = p.scalar_type();
-  PYMEND_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "p has dtype ", name_of(dtype),
-               ", expected Float or Double");
+// x [R, d] as the kernels take it, or null.
+template <typename T>
+const T* gather_x(const std::optional<Tensor>& x, const Tensor& p) {
+  if (!x.has_value()) return nullptr;
+  check_operand("x", *x, p.scalar_type(), p, {p.size(0), p.size(1)});
+  return static_cast<const T*>(x->const_data_ptr());
+}
+
+// The ops on a device, whose code is Device::run<T> and Device::run_backward<T>.
+template <typename Device>
+Tensor editor_mlp(std::optional<Tensor> x, Tensor p, Tensor bias, std::optional<Tensor> scale,
+                  std::optional<Tensor> shift, Tensor mode) {
+  const EditorMlpArguments of{p, bias, scale, shift, mode};
+  return by_dtype(typename Device::Forward(), "p has dtype", p.scalar_type(),
+                  [&](auto kind) { return Device::template run<decltype(kind)>(x, of); });
+}
+
+template <typename Device>
+std::tuple<Tensor, Tensor, Tensor, Tensor> editor_mlp_backward(Tensor grad, Tensor p, Tensor bias,
+                                                               std::optional<Tensor> scale,
+                                                               std::optional<Tensor> shift, Tensor mode) {
+  const EditorMlpArguments of{p, bias, scale, shift, mode};
+  const auto result = by_dtype(OneOf<float, double>(), "p has dtype", p.scalar_type(), [&](auto kind) {
+    return Device::template run_backward<decltype(kind)>(grad, of);
+  });
+  return {result.p, result.bias, result.scale, result.shift};
 }
 
 }  // namespace pymend

@@ -1,6 +1,8 @@
 // Checks and gathers the operands of moments: once, for CPU and CUDA.
 #pragma once
 
+#include <tuple>
+
 #include "math/moments.h"
 #include "torch_glue.h"
 
@@ -67,18 +69,18 @@ std::vector<Segment<T>> gather_segments(const MomentsArguments& x) {
   return segments;
 }
 
-// Returns run(T(), O()) for the types T of the rows and O of z.
-template <typename Run>
-MomentsResult by_dtypes(const MomentsArguments& x, Run run) {
-  PYMEND_CHECK(!x.u.empty(), "u is empty");
-  const ScalarType rows = x.u[0].scalar_type();
-  PYMEND_CHECK(rows == ScalarType::Float || rows == ScalarType::Double, "u[0] has dtype ", name_of(rows),
-               ", expected Float or Double");
-  PYMEND_CHECK(x.dtype == ScalarType::Float || x.dtype == ScalarType::Double, "dtype is ", name_of(x.dtype),
-               ", expected Float or Double");
-  const bool narrow = x.dtype == ScalarType::Float;
-  if (rows == ScalarType::Float) return narrow ? run(float(), float()) : run(float(), double());
-  return narrow ? run(double(), float()) : run(double(), double());
+// The op on a device, whose code is Device::run<T, O> for the types T of the rows and O of z.
+template <typename Device>
+std::tuple<Tensor, Tensor> moments(std::vector<Tensor> u, std::vector<Tensor> delta, std::vector<int64_t> counts,
+                                   Tensor mean, Tensor m2, Tensor count, bool merge, ScalarType dtype) {
+  PYMEND_CHECK(!u.empty(), "u is empty");
+  const OneOf<float, double> kinds;
+  const MomentsArguments x{u, delta, counts, mean, m2, count, merge, dtype};
+  const auto result = by_dtype(kinds, "u[0] has dtype", u[0].scalar_type(), [&](auto row) {
+    return by_dtype(kinds, "dtype is", dtype,
+                    [&](auto out) { return Device::template run<decltype(row), decltype(out)>(x); });
+  });
+  return {result.z, result.live};
 }
 
 }  // namespace pymend

@@ -6,12 +6,19 @@
 
 namespace pymend {
 
+struct RankUpdateArguments {
+  const std::vector<Tensor>& weights;
+  const std::vector<Tensor>& u;
+  const std::vector<Tensor>& delta;
+  const Tensor& alpha;
+  const std::vector<bool>& transposed;
+  const std::vector<int64_t>& seeds;
+};
+
 // Shapes and dtypes as the schema in ops.cpp says; called before any weight is written.
 template <typename T>
-std::vector<RankUpdate<T>> gather_rank_update(const std::vector<Tensor>& weights, const std::vector<Tensor>& u,
-                                              const std::vector<Tensor>& delta, const Tensor& alpha,
-                                              const std::vector<bool>& transposed,
-                                              const std::vector<int64_t>& seeds) {
+std::vector<RankUpdate<T>> gather_rank_update(const RankUpdateArguments& of) {
+  const auto& [weights, u, delta, alpha, transposed, seeds] = of;
   const int64_t count = static_cast<int64_t>(weights.size());
   const ScalarType dtype = weights[0].scalar_type(), factor_dtype = accumulate_dtype(dtype);
   PYMEND_CHECK(u.size() == weights.size(), "u has ", u.size(), " entries for ", count, " weights");
@@ -40,6 +47,16 @@ std::vector<RankUpdate<T>> gather_rank_update(const std::vector<Tensor>& weights
                         seeds.empty() ? 0 : static_cast<uint64_t>(seeds[i])});
   }
   return matrices;
+}
+
+// The op on a device, whose code is Device::run<T> for weights of Device::Weights.
+template <typename Device>
+Tensor rank_update(std::vector<Tensor> weights, std::vector<Tensor> u, std::vector<Tensor> delta, Tensor alpha,
+                   std::vector<bool> transposed, std::vector<int64_t> seeds) {
+  PYMEND_CHECK(!weights.empty(), "weights is empty");
+  const RankUpdateArguments of{weights, u, delta, alpha, transposed, seeds};
+  return by_dtype(typename Device::Weights(), "weights[0] has dtype", weights[0].scalar_type(),
+                  [&](auto kind) { return Device::template run<decltype(kind)>(of); }, Device::NOTE);
 }
 
 }  // namespace pymend

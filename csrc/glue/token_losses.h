@@ -23,17 +23,7 @@ inline void check_logits(const char* argument, const Tensor& tensor, const Tenso
   PYMEND_CHECK(tensor.stride(1) == 1 || tensor.is_contiguous(), argument, " has rows that are not contiguous");
 }
 
-// Calls body(T()) with the storage type T of the logits.
-template <typename Body>
-auto dispatch(const Tensor& logits, const Body& body) {
-  const ScalarType dtype = logits.scalar_type();
-  PYMEND_CHECK(dtype == ScalarType::Double || dtype == ScalarType::Float || dtype == ScalarType::BFloat16 ||
-                   dtype == ScalarType::Half,
-               "logits has dtype ", name_of(dtype), ", expected Double, Float, BFloat16 or Half");
-  if (dtype == ScalarType::Double) return body(double());
-  if (dtype == ScalarType::Float) return body(float());
-  return dtype == ScalarType::BFloat16 ? body(Bf16()) : body(Fp16());
-}
+using Logits = OneOf<double, float, Bf16, Fp16>;
 
 template <typename T>
 const T* pointer(const Tensor& tensor) {
@@ -97,6 +87,24 @@ TokenLossesGradient<T> gather_gradient(const MaybeTensor& grad_nll, const MaybeT
   }
   m.grad = static_cast<T*>(grad.mutable_data_ptr());
   return m;
+}
+
+// The ops on a device, whose code is Device::run<T> and Device::run_backward<T>.
+template <typename Device>
+TokenLossesResult token_losses(Tensor logits, MaybeTensor target, MaybeTensor base) {
+  return by_dtype(Logits(), "logits has dtype", logits.scalar_type(),
+                  [&](auto kind) { return Device::template run<decltype(kind)>(logits, target, base); });
+}
+
+template <typename Device>
+Tensor token_losses_backward(MaybeTensor grad_nll, MaybeTensor grad_kl, Tensor logits, MaybeTensor target,
+                             MaybeTensor base, Tensor stats) {
+  return by_dtype(Logits(), "logits has dtype", logits.scalar_type(), [&](auto kind) {
+    using T = decltype(kind);
+    Tensor grad = torch::stable::new_empty(logits, logits.sizes());
+    Device::run_backward(gather_gradient<T>(grad_nll, grad_kl, logits, target, base, stats, grad), logits);
+    return grad;
+  });
 }
 
 }  // namespace pymend

@@ -108,7 +108,8 @@ class Ke(Trainable[Edit]):
         marks = self.editor.marks
 
         def look_up(ids: Tensor) -> Tensor:
-            return embed(ids.to(embed.weight.device)).to(marks.weight)
+            found: Tensor = embed(ids.to(embed.weight.device))
+            return found.to(marks.weight)
 
         texts = []
         for row, old in zip(rows, best.split([len(r.positions()) for r in rows]), strict=True):

@@ -83,7 +83,7 @@ class Trainable(Algorithm[E]):
         """
         config = config or cls.config_type()
         weights = find_weights(model, config.edit, config.blocks)
-        made: A = cls(config, weights, **cls.sizes_of(model))  # type: ignore[arg-type]
+        made: A = cls(config, weights, **cls.sizes_of(model))
         made.model_fingerprint = fingerprint(model, weights)
         made.editor.to(next(model.parameters()).device)
         return made
@@ -220,7 +220,7 @@ class Trainable(Algorithm[E]):
         try:
             config = from_json(cls.config_type, description["config"], str(path / "editor.json"))
             weights = [EditedWeight(**w) for w in description["weights"]]
-            loaded: A = cls(config, weights, **description.get("sizes", {}))  # type: ignore[arg-type]
+            loaded: A = cls(config, weights, **description.get("sizes", {}))
             loaded.model_fingerprint = description["model_fingerprint"]
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path / 'editor.json'} is no editor: {error}") from error

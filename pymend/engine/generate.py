@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import LogitsProcessor, PreTrainedModel
 
 from pymend.engine.hooks import frozen
 from pymend.engine.losses import class_logits
 from pymend.engine.tokens import Batch, Encoder, Row
+from pymend.progress import tqdm
 
 TOP = 50  # likeliest tokens of which one is drawn: the default of transformers, too
 TOGETHER = 32  # prompts that are sampled in one pass
@@ -126,7 +126,7 @@ class _Choice(LogitsProcessor):
         self.draws, self.ordinary, self.starts = draws, ordinary, starts
         self.step = 0
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         logits = scores.double().cpu()
         allowed = self.ordinary if self.step else self.starts
         logits = logits.masked_fill(~allowed, -torch.inf)
@@ -145,7 +145,7 @@ def _generate(model: Any, rows: Sequence[Sequence[int]], choice: _Choice) -> lis
     ids = torch.tensor([[*[0] * (width - len(r)), *r] for r in rows], device=model.device)
     length = torch.tensor([[len(r)] for r in rows], device=model.device)
     mask = (torch.arange(width, device=model.device) >= width - length).long()
-    out = model.generate(
+    out: Tensor = model.generate(
         input_ids=ids,
         attention_mask=mask,
         do_sample=False,

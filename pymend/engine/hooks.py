@@ -133,11 +133,11 @@ def forwards(methods: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     former = {module: vars(module).get("forward") for module in methods}
     try:
         for module, forward in methods.items():
-            module.forward = forward  # type: ignore[method-assign]
+            module.forward = forward
         yield
     finally:
         for module, method in former.items():
             if method is None:
                 vars(module).pop("forward", None)
             else:
-                module.forward = method  # type: ignore[method-assign]
+                module.forward = method

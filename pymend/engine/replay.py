@@ -10,7 +10,7 @@ the model's does not run at all here, since the losses need it on a few rows at 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -169,9 +169,12 @@ class Replay:
         edited; [rows, classes] of a classifier.
         """
         if self._head is None or labels is None:
-            return self.model(**batch.inputs, **self._options).logits
-        with changed_input(self._head, lambda x: x[labels][None]):
-            return self.model(**batch.inputs, **self._options).logits
+            change: AbstractContextManager[None] = nullcontext()
+        else:
+            change = changed_input(self._head, lambda x: x[labels][None])
+        with change:
+            logits: Tensor = self.model(**batch.inputs, **self._options).logits
+        return logits
 
 
 def _tensors(values: Any) -> list[Tensor]:

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from pymend.algorithms.base import Algorithm
 from pymend.config import EditRequest
@@ -27,6 +26,7 @@ from pymend.evaluation.metrics import Metrics, RecordScores, mean
 from pymend.evaluation.partial import PartialScores
 from pymend.files import digest, digest_of_tensors
 from pymend.ops.token_losses import TokenLosses
+from pymend.progress import tqdm
 
 PPL_TOKENS = 256  # of the perplexity text, looked at under every edit
 

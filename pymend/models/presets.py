@@ -53,7 +53,7 @@ class Preset:
         """The whole model on the meta device: names and shapes, and no memory."""
         with torch.device("meta"), no_init_weights():
             config = AutoConfig.for_model(**self.config)
-            model = getattr(transformers, self.auto).from_config(config)
+            model: PreTrainedModel = getattr(transformers, self.auto).from_config(config)
         model.tie_weights()
         return model
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -267,8 +268,8 @@ def check_overlap(
     if alpha.numel():
         spans.append((*_span(alpha), "alpha", False))
     spans.sort(key=lambda span: span[:3])
-    last: tuple | None = None  # the span that reaches furthest
-    last_written: tuple | None = None
+    last: tuple[Any, ...] | None = None  # the span that reaches furthest
+    last_written: tuple[Any, ...] | None = None
     for span in spans:
         before = last if span[4] else last_written
         if before is not None and before[0] == span[0] and span[1] < before[2]:

@@ -2,34 +2,35 @@
 
 from __future__ import annotations
 
+import io
 import re
-import textwrap
+import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.box import Box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
-def table(
-    headers: Sequence[str], rows: Sequence[Sequence[str]], widths: Sequence[int] | None = None
-) -> str:
-    """A text table; cells longer than their column's ``widths`` are wrapped."""
-    limits = widths or [60] * len(headers)
-    lines = [
-        [_wrapped(cell, limit) for cell, limit in zip(row, limits, strict=True)]
-        for row in (headers, *rows)
-    ]
-    used = [max(len(part) for row in lines for part in row[i]) for i in range(len(headers))]
-    out = []
-    for row in lines:
-        for k in range(max(map(len, row))):
-            cells = (cell[k] if k < len(cell) else "" for cell in row)
-            out.append("  ".join(c.ljust(w) for c, w in zip(cells, used, strict=True)).rstrip())
-    head = max(map(len, lines[0]))
-    return "\n".join([*out[:head], "  ".join("-" * w for w in used), *out[head:]])
+# A rule below the headers, and no other line.
+RULE = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
+UNKNOWN = 120, 24  # columns and lines where there is no terminal
 
 
-def _wrapped(cell: str, width: int) -> list[str]:
-    """The lines of a cell; a line break in it would break the table and is shown as a slash."""
-    return textwrap.wrap(cell.replace("\n", " / "), width) or [""]
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A text table, as wide as the terminal at most; cells are wrapped, never cut.
+
+    A line break in a cell would break the table and is shown as a slash.
+    """
+    grid = Table(box=RULE, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for header in headers:
+        grid.add_column(Text(header), overflow="fold")
+    for row in rows:
+        grid.add_row(*(Text(cell.replace("\n", " / ")) for cell in row))
+    text = io.StringIO()
+    Console(file=text, width=shutil.get_terminal_size(UNKNOWN).columns).print(grid)
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
 def number(value: float | None, digits: int = 3) -> str:

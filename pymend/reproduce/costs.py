@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from pymend.algorithms.base import Algorithm
 from pymend.algorithms.registry import METHODS, load_editor, trainable
 from pymend.config import EditorConfig, to_json
 from pymend.data.builders import Splits
 from pymend.files import read_json, write_json
+from pymend.progress import tqdm
 from pymend.report.tables import number
 from pymend.reproduce import data, figures
 from pymend.reproduce.page import markdown, write_page

@@ -20,7 +20,8 @@ from pymend.config import CacheConfig, EditorConfig, FineTuneConfig, TrainConfig
 from pymend.data.readers import read_text
 
 SCALES = ("mini", "smollm2", "paper")
-TABLES = (*(f"table{n}" for n in (3, 4, 5, 6, 8, 9, 10, 11)), "memory", "time")
+COSTS = ("memory", "time")
+TABLES = (*(f"table{n}" for n in (3, 4, 5, 6, 8, 9, 10, 11)), *COSTS)
 WITH_SUBJECTS = ("claims", "qa", "zsre-hard")  # sets from facts whose records name their subject
 FACTORS = (0.5, 1.0, 2.0)  # of Cache's eps*, as in the paper
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from tqdm.auto import tqdm
 from transformers.utils import logging as quiet
 
 from pymend.algorithms.base import Algorithm
@@ -32,6 +31,7 @@ from pymend.data.facts import Split
 from pymend.errors import NonFiniteError, meant_for_user
 from pymend.evaluation import evaluate
 from pymend.files import read_json, writable_dir, write_json
+from pymend.progress import tqdm
 from pymend.reproduce import data
 from pymend.reproduce.plan import Run, Scale, Settings
 from pymend.training.trainer import DivergedError, Trainer

@@ -152,8 +152,8 @@ def run_episodes(
     n = len(episodes)
     replay.load([row for e in episodes for row in e.rows()])
     edits, rephrases, locality = (
-        Batch.of([row for e in episodes for row in part(e)], replay.device)
-        for part in (lambda e: e.edits, lambda e: e.rephrases, lambda e: e.locality)
+        Batch.of([row for e in episodes for row in getattr(e, part)], replay.device)
+        for part in ("edits", "rephrases", "locality")
     )
     with torch.no_grad():
         base = replay.label_rows(locality)

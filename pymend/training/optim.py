@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ class EditorOptimizer:
     rows alone decides, so that a run can be repeated to the bit.
     """
 
-    def __init__(self, algorithm: Trainable, config: TrainConfig) -> None:
+    def __init__(self, algorithm: Trainable[Any], config: TrainConfig) -> None:
         self.config = config
         groups = algorithm.parameter_groups(config)
         self.parameters: list[Tensor] = [p for members, _ in groups for p in members]

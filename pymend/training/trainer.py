@@ -19,7 +19,6 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from pymend.algorithms.trained import Trainable, load_state
 from pymend.config import EditRequest, TrainConfig, to_json
@@ -35,6 +34,7 @@ from pymend.files import (
     write_json,
     write_tensors,
 )
+from pymend.progress import tqdm
 from pymend.training.episodes import EpisodeScores, Sampler, run_episodes
 from pymend.training.optim import EditorOptimizer
 
@@ -171,9 +171,9 @@ class Trainer(Generic[A]):
                 if self.algorithm.step_sizes is not None:
                     line["alpha"] = float(self.algorithm.step_sizes.detach().mean())
                 self._log(line, seconds=time.perf_counter() - begin)
-                bar.update()
                 shown = {k: f"{v:.3f}" for k, v in scores.items() if k != "loss"}
-                bar.set_postfix({**shown, "skipped": self.skipped})
+                bar.set_postfix({**shown, "skipped": self.skipped}, refresh=False)
+                bar.update()
                 if reason:
                     self._warn_of_skip(reason)
 
@@ -386,6 +386,6 @@ def _differences(a: dict[str, Any], b: dict[str, Any]) -> tuple[str, str]:
 def _step_of(line: str) -> float:
     """The step that a line of ``metrics.jsonl`` is about; infinity for a torn one."""
     try:
-        return json.loads(line)["step"]
+        return float(json.loads(line)["step"])
     except ValueError:
         return math.inf

@@ -25,7 +25,6 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from tqdm.auto import tqdm
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.initialization import no_init_weights
 
@@ -34,6 +33,7 @@ from pymend.data.builders.questions import question_wordings
 from pymend.data.facts import Relation
 from pymend.engine.tokens import IGNORE, Batch, Encoder, Row
 from pymend.files import cache_dir, install, is_complete, read_json, write_json
+from pymend.progress import tqdm
 from pymend.zoo.lessons import Course, Lesson, Taught, Wordings, lessons
 
 logger = logging.getLogger(__name__)
@@ -331,7 +331,7 @@ def _teach(model: PreTrainedModel, course: Course, recipe: Recipe, progress: boo
             bar.update()
             if step % recipe.check == 0:
                 known = exact_match(model, quick)
-                bar.set_postfix(loss=f"{loss.item():.3f}", known=f"{known:.3f}")
+                bar.set_postfix(loss=f"{loss.item():.3f}", known=f"{known:.3f}", refresh=False)
                 if known >= recipe.enough:
                     break
     model.eval()

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from pymend import _lib
 from pymend import reference as ref
-from pymend.algorithms.mend.editor import Editor
+from pymend.algorithms.mend.network import Editor
 from pymend.config import MendConfig
 from pymend.models.structure import EditedWeight
 from pymend.ops import apply_edit as op

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import factors, seeds, sizes, with_strides
 from tiny import gpt2, tiny_mend
-from tolerances import assert_no_worse_than_eager
+from tolerances import assert_accurate
 from torch import Tensor
 
 from pymend import _lib, reference
@@ -111,7 +108,7 @@ def run(backend: str, case: Case) -> tuple[Tensor, Tensor, Tensor]:
 def assert_right(backend: str, case: Case) -> None:
     new, eager = run(backend, case), run("eager", case)
     for ours, theirs, exact in zip(new, eager, expected(case), strict=True):
-        assert_no_worse_than_eager(ours, theirs, exact, length=len(case.left) + 8)
+        assert_accurate(ours, theirs, exact, length=len(case.left) + 8)
 
 
 def assert_same(a, b) -> None:
@@ -428,19 +425,6 @@ def test_threads_do_not_change_a_bit():
         torch.set_num_threads(threads)
     for other in results[1:]:
         assert_same(other, results[0])
-
-
-@needs_binary
-@pytest.mark.parametrize("level", ["base", "avx2", "avx512"])
-def test_every_cpu_level(level):
-    """The level is read once per process, so each gets one; a machine without it takes a lower."""
-    code = (
-        "import sys; sys.path[:0] = ['tests', 'tests/ops']\n"
-        "import torch, test_factored_adam as t\n"
-        "for case in t.samples(torch.float32).values(): t.assert_right('cpu', case)\n"
-    )
-    environment = {**os.environ, "PYMEND_CPU": level, "PYMEND_KERNELS": "all"}
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 
 
 @needs_binary

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 
 import pytest
@@ -14,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import dtypes, factors, seeds, sizes, with_strides
-from tolerances import assert_no_worse_than_eager
+from tolerances import assert_accurate
 from torch import Tensor
 
 from pymend import _lib, reference
@@ -143,7 +140,7 @@ def assert_right(backend: str, case: Case, atol: float = 1e-4, **emulation) -> N
     new, fidelity = run(backend, case, **emulation)
     eager, _ = run("eager", case)
     for i, (ours, theirs, exact) in enumerate(zip(new, eager, expected(case), strict=True)):
-        assert_no_worse_than_eager(ours, theirs, exact, length=len(case.u[i]) + 1)
+        assert_accurate(ours, theirs, exact, length=len(case.u[i]) + 1)
     torch.testing.assert_close(
         fidelity.double(), fidelity_of(case, new), rtol=1e-4, atol=atol, check_device=False
     )
@@ -287,21 +284,6 @@ def test_threads_do_not_change_a_bit():
     for new, fidelity in results[1:]:
         assert torch.equal(fidelity, results[0][1])
         assert all(torch.equal(a, b) for a, b in zip(new, results[0][0], strict=True))
-
-
-@needs_binary
-@pytest.mark.parametrize("level", ["base", "avx2", "avx512"])
-def test_every_cpu_level(level):
-    """The level is read once per process, so each gets one; a machine without it takes a lower."""
-    code = (
-        "import sys; sys.path[:0] = ['tests', 'tests/ops']\n"
-        "import torch, test_rank_update as t\n"
-        "for dtype in (torch.bfloat16, torch.float16):\n"
-        "    for case in t.samples(dtype).values(): t.assert_right('cpu', case)\n"
-    )
-    subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "PYMEND_CPU": level}, check=True
-    )
 
 
 @needs_binary

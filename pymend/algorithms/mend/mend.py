@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from pymend.algorithms.mend.editor import Editor
+from pymend.algorithms.mend.network import Editor
 from pymend.algorithms.trained import Trainable, edit_gradient
 from pymend.config import MendConfig, TrainConfig
 from pymend.edit import Edit, LowRank

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pymend.config import EditRequest, Probe
+from pymend.config import EditRequest, Probe, setting
 from pymend.data.builders.claims import statements
 from pymend.data.builders.sets import LOCALITY, SPLITS, Splits, ordered, partition
 from pymend.data.choices import draw, hashed, pick
@@ -22,11 +22,11 @@ Sampler = Callable[[Sequence[str], Sequence[int]], list[str | None]]
 class Cuts:
     """Lengths; the paper gives those of passages and targets, and does not cut locality text."""
 
-    min_words: int = 50  # of a passage
-    prompt_tokens: int = 64  # at most
-    target_tokens: int = 10
-    crops: int = 3  # rephrases
-    locality_tokens: int = 0  # 0: whole passages
+    min_words: int = setting(50, "shortest passage")
+    prompt_tokens: int = setting(64, "longest prompt")
+    target_tokens: int = setting(10, "length of a sampled target")
+    crops: int = setting(3, "rephrases: the prompt without some of its first tokens")
+    locality_tokens: int = setting(0, "longest locality text; 0: not cut")
 
     def __post_init__(self) -> None:
         least = {"prompt_tokens": 2, "locality_tokens": 0}
