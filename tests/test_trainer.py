@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -387,6 +388,27 @@ def test_simultaneous_edits_are_of_different_facts_and_keep_others() -> None:
             prompts = [row.prompt for row in episode.edits]
             assert len(set(prompts)) == 4
             assert not {x.prompt for x in episode.locality} & set(prompts)
+
+
+def test_an_edited_neighbour_gives_way_to_the_other_one() -> None:
+    """In any of its wordings; where there is no other one, a prompt is borrowed."""
+    one, two, three = facts(3)
+    encoder = Encoder(tokenizer())
+
+    def drawn(beside: tuple[Probe, ...], edits: int) -> set[tuple[int, ...]]:
+        records = encoder.requests([replace(one, locality=beside), two, three])
+        sampler = Sampler(records, edits, 1, seed=0)
+        episodes = (sampler.episode(records[:edits], random.Random(i)) for i in range(60))
+        return {e.locality[0].prompt for e in episodes}
+
+    def prompts(*probes: Probe) -> set[tuple[int, ...]]:
+        return {encoder.probe(p).prompt for p in probes}
+
+    other = Probe("bu bu")
+    near = (Probe(two.prompt, "x"), Probe(two.rephrases[0], "x"))
+    assert drawn((*near, other), edits=2) == prompts(other)
+    assert drawn((*near, other), edits=1) == prompts(*near, other)
+    assert drawn(near[:1], edits=2) == prompts(*two.locality, *three.locality)
 
 
 def test_facts_that_occur_often_and_once_are_mixed() -> None:
