@@ -652,7 +652,7 @@ def test_train_takes_what_was_built(raw: dict[str, Path], model: Path, tmp_path:
     ("flags", "message"),
     [
         (["build", "fever", "--output", "o"], "--raw is missing"),
-        (["build", "nothing"], "No such command 'nothing'"),
+        (["build", "nothing"], "no command 'nothing'; choose one of zsre, "),
         (["build", "fever", "--raw", "none.jsonl", "--output", "o"], "none.jsonl: no such file"),
         (["show", "none.jsonl"], "none.jsonl: no such file"),
         (["show", "facts", "--examples=-1"], "--examples is -1; it must be at least 0"),
