@@ -19,7 +19,7 @@ from pymend.engine.hooks import first_input, forward_hooks
 from pymend.errors import NonFiniteError
 from pymend.files import digest, read_json, read_tensors, writable_dir, write_json, write_tensors
 from pymend.interop.peft import write_adapter
-from pymend.models.structure import EditedWeight, weight_of
+from pymend.models.structure import EditedWeight, module_of, unwrapped, weight_of
 from pymend.ops.rank_update import rank_update
 from pymend.ops.side_path import side_path
 
@@ -173,12 +173,10 @@ class Edit(BaseEdit):
             ValueError: another model, non-finite factors, or a batch that does not split.
             RuntimeError: this edit is merged into ``model``, so it acts already.
         """
-        if self in _merged.get(model, []):
+        if self in _merged.get(unwrapped(model), []):
             raise RuntimeError("this edit is merged into this model and acts already")
         self.check(model)
-        with forward_hooks(
-            {model.get_submodule(w.module): self._hook(w.name) for w in self.weights}
-        ):
+        with forward_hooks({module_of(model, w.module): self._hook(w.name) for w in self.weights}):
             yield model
 
     def _hook(self, name: str) -> Any:
@@ -239,7 +237,7 @@ class Edit(BaseEdit):
                 raise
         self._backup = backup
         self._model = weakref.ref(model)
-        _merged.setdefault(model, []).append(self)
+        _merged.setdefault(unwrapped(model), []).append(self)
         kept = float(fidelity.min()) if len(fidelity) else 1.0
         if kept < LOSSY and seed is None:
             warnings.warn(
@@ -255,7 +253,7 @@ class Edit(BaseEdit):
         Raises:
             RuntimeError: this edit is not the last one merged into ``model``; nothing was written.
         """
-        stack = _merged.get(model, [])
+        stack = _merged.get(unwrapped(model), [])
         if self not in stack:
             raise RuntimeError("this edit is not merged into this model")
         if stack[-1] is not self:
@@ -420,7 +418,7 @@ def fingerprint(model: nn.Module, weights: Sequence[EditedWeight]) -> str:
     state = hashlib.sha256()
     for w in weights:
         value = weight_of(model, w).detach()
-        for edit in reversed(_merged.get(model, [])):
+        for edit in reversed(_merged.get(unwrapped(model), [])):
             value = edit._backup.get(w.name, value)
         index = torch.linspace(0, value.numel() - 1, SAMPLES, dtype=torch.float64).long()
         index = index.to(value.device)

@@ -20,7 +20,7 @@ from torch.linalg import vector_norm
 
 from pymend.engine.hooks import first_input, forward_hooks
 from pymend.errors import NonFiniteError
-from pymend.models.structure import EditedWeight, weight_of
+from pymend.models.structure import EditedWeight, module_of, weight_of
 
 # Of the largest row of a weight in an episode: what is not above is the rounding of a zero. A key
 # that attends to itself alone has one: its gradient is a difference of equal sums.
@@ -66,9 +66,10 @@ class Tape:
                 whole = len(x) in (flat if x.dim() == 2 else count)
                 if not whole:
                     raise ValueError(
-                        f"the module of {name} is given {tuple(x.shape)}, not text after text (as "
-                        "experts and layers that put time first are), so edits would be mixed; edit facts one "
-                        "by one (training: accumulate as large as batch_size), or other weights"
+                        f"the module of {name} is given {tuple(x.shape)}, not text after text, as "
+                        "experts and layers that put time first are, so edits would be mixed; edit "
+                        "facts one by one (training: accumulate as large as batch_size), or other "
+                        "weights"
                     )
 
     def backward(
@@ -181,6 +182,6 @@ def capture(
     for weight in weights:
         weight_of(model, weight)
     tape = Tape(weights, second_order)
-    hooks = {model.get_submodule(w.module): partial(tape.record, w.name) for w in weights}
+    hooks = {module_of(model, w.module): partial(tape.record, w.name) for w in weights}
     with torch.enable_grad(), forward_hooks(hooks):
         yield tape

@@ -22,7 +22,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from pymend.engine.hooks import changed_input, forward_hooks, forwards, is_plain, watch
 from pymend.engine.losses import LabelRows, class_logits
 from pymend.engine.tokens import Batch, Row, padding_of, stacked
-from pymend.models.structure import EditedWeight, lowest_block, stacks
+from pymend.models.structure import EditedWeight, lowest_block, module_of, stacks
 
 PASS_TOKENS = 64  # padding that costs a CPU about as much as another pass
 TRIED_TOKENS = 8  # of the longer of two rows
@@ -63,7 +63,7 @@ class Replay:
         parts = stacks(model)
         self._encoder = next(iter(parts.values())) if len(parts) > 1 else None
         head = model.get_output_embeddings()  # type: ignore[operator]
-        edited = {model.get_submodule(w.module) for w in weights}
+        edited = {module_of(model, w.module) for w in weights}
         # An edited head needs whole rows: factors and edits go by the rows of the batch.
         self._head: nn.Module | None = None if head in edited else head
         self._last = False  # whether what the head returns is what the model returns
