@@ -56,7 +56,7 @@ wheel: setup  ## dist/*.whl, for every Python from 3.10 on and the glibc of this
 	$(BIN)/python -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' -w dist build/wheel/*.whl
 
 sdist: setup  ## dist/*.tar.gz
-	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m build --sdist
+	PIP_CONSTRAINT="$(CURDIR)/constraints.txt" $(BIN)/python -m build --sdist
 
 wheel-check: wheel  ## the one wheel under torch 2.11, 2.13 and 2.14 (CUDA builds: GBs); CHECK="torch==..." chooses
 	@tools/check_wheel.sh $(CHECK)

@@ -140,9 +140,13 @@ class _Scores:
     generality: float
 
 
-def test_tables_wrap_long_cells() -> None:
-    text = table(("a", "b"), [("one two three", "x"), ("y\nz", "")], (7, 3))
-    assert text.splitlines() == ["a        b", "-------  -", "one two  x", "three", "y / z"]
+def test_tables_wrap_long_cells(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [("one two three", "x"), ("y\nz", "[b]"), ("unbreakable", "")]
+    monkeypatch.setenv("COLUMNS", "13")
+    wrapped = ["a         b", "------------", "one two   x", "three", "y / z     [b]"]
+    assert table(("a", "b"), rows).splitlines()[:5] == wrapped
+    monkeypatch.setenv("COLUMNS", "80")
+    assert table(("a", "b"), rows).splitlines()[2] == "one two three  x"
 
 
 @pytest.mark.skipif(

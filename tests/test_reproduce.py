@@ -742,7 +742,7 @@ def test_the_papers_numbers_can_be_read() -> None:
         (["table7"], "has no 'table7'; choose all, or of table3"),
         (["table4", "--scale", "nano"], "no scale 'nano'; choose one of mini, smollm2, paper"),
         (["all", "table12"], "has no 'table12'; choose all, or of table3"),
-        (["table4", "--jobs", "0"], "jobs is 0; it must be at least 1"),
+        (["table4", "--jobs", "0"], "--jobs is 0; it must be at least 1"),
     ],
 )
 def test_what_is_refused(

@@ -173,9 +173,9 @@ class Trainer(Generic[A]):
                 if self.algorithm.step_sizes is not None:
                     line["alpha"] = float(self.algorithm.step_sizes.detach().mean())
                 self._log(line, seconds=time.perf_counter() - begin)
-                bar.update()
                 shown = {k: f"{v:.3f}" for k, v in scores.items() if k != "loss"}
                 bar.set_postfix({**shown, "skipped": self.skipped}, refresh=False)
+                bar.update()
                 if reason:
                     self._warn_of_skip(reason)
 
