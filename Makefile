@@ -25,7 +25,7 @@ style: setup  ## formatting and lint
 quality: style  ## style and types
 	$(BIN)/mypy
 
-test: build style  ## style, the suite (which builds the site too) without its slow part, a small part under sanitizers
+test: build quality  ## style, types, the suite (which builds the site too) without its slow part, a small part under sanitizers
 	PYMEND_REQUIRE_KERNELS=1 OMP_NUM_THREADS=1 $(PYTEST) -n 2 -m "not slow"
 	@$(MAKE) --no-print-directory asan
 

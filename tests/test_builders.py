@@ -259,7 +259,7 @@ def test_zsre_takes_the_shortest_nq_answer(raw: dict[str, Path]) -> None:
     probes = read_questions(raw["nq"])
     assert probes[3] == Probe("Who was 3?", "n3")
     for records in zsre(read_zsre(raw["zsre"]), probes).values():
-        assert all(p in probes for r in records for p in r.locality)
+        assert records and all(p in probes for r in records for p in r.locality)
         assert all(len(set(r.locality)) == LOCALITY for r in records)
 
 
@@ -303,6 +303,7 @@ def test_questions_without_a_subject_have_no_hard_locality(tmp_path: Path) -> No
 
 def test_hard_locality_has_the_wording_and_rephrases_do_not(raw: dict[str, Path]) -> None:
     for records in zsre_hard(read_zsre(raw["zsre"])).values():
+        assert records
         for r in records:
             wording = r.prompt.replace(str(r.subject), "")
             assert r.rephrases == (f"Name the place of {r.subject}.",)
@@ -400,6 +401,7 @@ def test_passages_are_long_plain_and_distinct(raw: dict[str, Path]) -> None:
 
 def test_generation_crops_its_prompts_and_cuts_its_locality(raw: dict[str, Path]) -> None:
     for records in generation(raw).values():
+        assert records
         for r in records:
             prompt = r.prompt.split()
             assert len(prompt) == CUTS.prompt_tokens and len(r.target.split()) == CUTS.target_tokens
@@ -650,7 +652,7 @@ def test_train_takes_what_was_built(raw: dict[str, Path], model: Path, tmp_path:
     ("flags", "message"),
     [
         (["build", "fever", "--output", "o"], "--raw is missing"),
-        (["build", "nothing"], "No such command 'nothing'"),
+        (["build", "nothing"], "no command 'nothing'; choose one of zsre, "),
         (["build", "fever", "--raw", "none.jsonl", "--output", "o"], "none.jsonl: no such file"),
         (["show", "none.jsonl"], "none.jsonl: no such file"),
         (["show", "facts", "--examples=-1"], "--examples is -1; it must be at least 0"),

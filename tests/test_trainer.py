@@ -290,12 +290,15 @@ def test_the_first_editor_has_a_checkpoint_beside_it(tmp_path: Path) -> None:
 
 
 def test_kept_prefix_states_give_the_same_losses(tmp_path: Path) -> None:
-    logs = []
+    logs, kept = [], []
     for cache in ("none", "memory"):
-        trainer(tmp_path / cache, replace(SMALL, prefix_cache=cache)).train()
+        run = trainer(tmp_path / cache, replace(SMALL, prefix_cache=cache))
+        run.train()
+        kept.append(len(run.replay._states))
         logs.append([x["loss"] for x in log_of(tmp_path / cache) if "eval" not in x])
     assert len(logs[0]) == 6
     assert logs[0] == pytest.approx(logs[1], rel=1e-4)
+    assert kept[0] <= 3 * SMALL.batch_size < kept[1], "those of the last step, or of all"
 
 
 def gradient_of(p: torch.nn.Parameter) -> torch.Tensor:

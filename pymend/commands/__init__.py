@@ -33,6 +33,14 @@ class Group(TyperGroup):
         usual = [] if self.invoke_without_command else ["--help"]
         return super().parse_args(ctx, args or usual)
 
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command that ``args`` begin with."""
+        if args[0] not in self.commands:
+            known = ", ".join(self.commands)
+            meant = did_you_mean(args[0], self.commands)
+            ctx.fail(f"there is no command {args[0]!r}; choose one of {known}{meant}")
+        return super().resolve_command(ctx, args)
+
 
 def group(**options: Any) -> typer.Typer:
     """A new group of commands."""
