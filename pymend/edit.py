@@ -19,7 +19,7 @@ from pymend.engine.hooks import first_input, forward_hooks
 from pymend.errors import NonFiniteError
 from pymend.files import digest, read_json, read_tensors, writable_dir, write_json, write_tensors
 from pymend.interop.peft import write_adapter
-from pymend.models.structure import EditedWeight, module_of, unwrapped, weight_of
+from pymend.models.structure import EditedWeight, has_experts, module_of, unwrapped, weight_of
 from pymend.ops.rank_update import rank_update
 from pymend.ops.side_path import side_path
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 SAMPLES = 1024  # elements of each weight in a fingerprint
+EXPERT_NAMES = {"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}  # that PEFT converts
 LOSSY = 0.98  # a merge that keeps less of the wanted change than this warns
 
 # Merged edits of every model, oldest first: undo runs backwards through this list.
@@ -124,6 +125,7 @@ class Edit(BaseEdit):
         self.factors = dict(factors)
         u = next(iter(self.factors.values())).u
         super().__init__(len(u) if u.dim() == 3 else None, fingerprint, outcomes)
+        self.beside_experts = False  # made for a model whose experts are in one parameter
         self._backup: dict[str, Tensor] = {}
         self._model: weakref.ref[nn.Module] | None = None
 
@@ -138,7 +140,9 @@ class Edit(BaseEdit):
             u, delta = f.u[index], f.delta[index]
             kept = (u != 0).any(-1) | (delta != 0).any(-1)
             factors[name] = LowRank(u[kept], delta[kept], f.alpha)
-        return Edit(self.weights, factors)
+        one = Edit(self.weights, factors)
+        one.beside_experts = self.beside_experts
+        return one
 
     def __add__(self, other: Edit) -> Edit:
         """Both edits at once: their rows one after the other.
@@ -158,7 +162,9 @@ class Edit(BaseEdit):
             u, delta = g.u.to(f.u.device), (g.alpha * g.delta).to(f.u.device)
             delta = torch.cat([f.alpha * f.delta, delta])
             factors[name] = LowRank(torch.cat([f.u, u]), delta, torch.ones_like(f.alpha))
-        return Edit(self.weights, factors, self.fingerprint, self.outcomes + other.outcomes)
+        both = Edit(self.weights, factors, self.fingerprint, self.outcomes + other.outcomes)
+        both.beside_experts = self.beside_experts
+        return both
 
     # -- beside the weights ------------------------------------------------------------------
 
@@ -284,6 +290,7 @@ class Edit(BaseEdit):
             "alpha": [float(self.factors[w.name].alpha.detach()) for w in self.weights],
             "fingerprint": self.fingerprint,
             "outcomes": [asdict(o) for o in self.outcomes],
+            "beside_experts": self.beside_experts,
         }
         tensors = {}
         for name, f in self.factors.items():
@@ -330,7 +337,9 @@ class Edit(BaseEdit):
             w.name: LowRank(tensors[f"{w.name}.u"], tensors[f"{w.name}.delta"], torch.tensor(alpha))
             for w, alpha in zip(weights, alphas, strict=True)
         }
-        return cls(weights, factors, fingerprint, outcomes)
+        edit = cls(weights, factors, fingerprint, outcomes)
+        edit.beside_experts = bool(description.get("beside_experts", False))
+        return edit
 
     def to_peft(self, folder: str | Path) -> None:
         """Write the edit as a LoRA adapter that ``peft.PeftModel.from_pretrained`` loads.
@@ -339,10 +348,16 @@ class Edit(BaseEdit):
             FileExistsError: ``folder`` holds something already.
             PermissionError: it cannot be written.
             RuntimeError: the edit holds independent edits.
-            ValueError: the factors are not finite.
+            ValueError: the factors are not finite, or PEFT would not load them as they are.
         """
         if self.episodes is not None:
             raise RuntimeError("pick a single edit out of edit_many with [i] before exporting it")
+        names = {w.module.rpartition(".")[2] for w in self.weights} & EXPERT_NAMES
+        if self.beside_experts and names:
+            raise ValueError(
+                f"PEFT takes {', '.join(sorted(names))} of a model with experts for those of its "
+                "experts, so an adapter would not act as the edit does; save the merged model"
+            )
         self.check_finite()
         layers = {}
         for w in self.weights:
@@ -364,6 +379,7 @@ class Edit(BaseEdit):
             return
         self.check_finite()
         check_fingerprint(model, self.weights, self.fingerprint)
+        self.beside_experts = has_experts(model)
         self._model = weakref.ref(model)
 
     def check_finite(self) -> None:

@@ -346,3 +346,15 @@ def test_a_sequence_model_says_what_its_decoder_starts_from() -> None:
     mend = Mend.from_config(model, MendConfig(rank=3))
     with pytest.raises(ValueError, match="decoder_start_token_id"):
         mend.edit(model, tiny.tokenizer(end=True), tiny.facts(1)[0])
+
+
+def test_peft_would_take_shared_experts_for_experts() -> None:
+    """It would load such an adapter without an error, and the edit would be gone."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 1, "num_hidden_layers": 4, "num_experts": 4}
+    sizes |= {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 24}
+    model = tiny.build("qwen2_moe", num_experts_per_tok=2, max_position_embeddings=32, **sizes)
+    mend = tiny.tiny_mend(model, norm=False)
+    edit = mend.edit(model, tiny.tokenizer(), tiny.facts(1)[0])
+    with pytest.raises(ValueError, match="PEFT takes down_proj, gate_proj, up_proj of a model"):
+        edit.to_peft("adapter")

@@ -260,6 +260,18 @@ def _last_blocks(model: nn.Module, blocks: int) -> Iterator[tuple[str, nn.Module
             yield f"{path}.{i}", block_list[i]
 
 
+def has_experts(model: nn.Module) -> bool:
+    """Whether some block keeps the matrices of its experts in one parameter."""
+    for prefix, part in stacks(model).items():
+        try:
+            _, blocks = find_blocks(part, prefix)
+        except ValueError:
+            continue
+        if any(_experts(block, "") for block in blocks):
+            return True
+    return False
+
+
 def left_out(model: nn.Module, weights: Sequence[EditedWeight]) -> dict[str, str]:
     """The matrices that stand in a block beside edited ``weights`` and are not edited, and why."""
     model = unwrapped(model)
