@@ -416,9 +416,10 @@ def test_an_edit_of_a_model_that_is_not_finite(model: Any, mend: Mend) -> None:
         edit_of(mend, model)
 
 
-def test_an_editor_that_is_not_finite(model: Any, mend: Mend) -> None:
+@pytest.mark.parametrize("side", [0, -1], ids=["u", "delta"])
+def test_an_editor_that_is_not_finite(side: int, model: Any, mend: Mend) -> None:
     with torch.no_grad():
-        mend.editor.nets["38x22"].joint[1].bias[0] = float("inf")
+        mend.editor.nets["38x22"].joint[1].bias[side] = float("inf")
     message = r"factors of transformer\.h\.1\.mlp\.c_proj\.weight are not finite"
     with traceless(model), pytest.raises(ValueError, match=message):
         edit_of(mend, model)

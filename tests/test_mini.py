@@ -143,6 +143,11 @@ def test_tokenizer_and_frame(name: str, made: Callable[[str], Path]) -> None:
     inner = tokenizer(text, add_special_tokens=False).input_ids
     assert tokens == [*before, *tokenizer.convert_ids_to_tokens(inner), *after]
     assert tokenizer.decode(inner) == text
+    row = Encoder.for_model(model, tokenizer).row(text, "false")
+    if name == "gpt2-mini":  # one text
+        assert row.ids == tuple(tokenizer(f"{text} false").input_ids)
+    else:
+        assert row.prefix == tuple(ids)
     for role in {"bos", "eos", "pad"} & set(mini.RECIPES[name].special):
         own = getattr(model.config, f"{role}_token_id")
         assert own == getattr(tokenizer, f"{role}_token_id")

@@ -5,9 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny import CONTEXT, WORDS, gpt2, tokenizer
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
+from transformers import PreTrainedTokenizerFast
 
 from pymend.config import EditRequest, Probe
-from pymend.engine.tokens import IGNORE, Batch, Encoder, Row
+from pymend.engine.tokens import IGNORE, Batch, Encoder, Row, SequenceEncoder
 
 A, B, C, D = WORDS[:4]
 
@@ -23,6 +27,28 @@ def test_prompt_and_target_are_joined_with_one_bos(bos: bool) -> None:
     assert row.ids == (*start, *ids(A, B, C, D))
     assert row.targets() == list(ids(C, D)), "the target and no end of sequence"
     assert [row.ids[t] for t in row.positions()] == list(ids(B, C))
+
+
+def byte_level() -> PreTrainedTokenizerFast:
+    """A tokenizer to which a word behind a space is another one than at the start."""
+    inner = Tokenizer(BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    trainer = BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    inner.train_from_iterator([f"{w} {w}" for w in WORDS] * 2, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="!", pad_token="!")
+
+
+def test_one_space_stands_between_prompt_and_target() -> None:
+    text = byte_level()
+    (behind,), (alone,) = text(f" {B}").input_ids, text(B).input_ids
+    assert behind != alone
+    row = Encoder(text).row(A, B)
+    assert row.ids == tuple(text(f"{A} {B}").input_ids) and row.targets() == [behind]
+    # Behind a turn of a chat, and at the start of a decoder, stands none.
+    text.chat_template = "{{ messages[0].content }}:"
+    assert Encoder(text, chat=True).row(A, B).targets() == [alone]
+    assert SequenceEncoder(text, 0, start=5).row(A, B).targets() == [alone, text.eos_token_id]
 
 
 @pytest.mark.parametrize("bos", [False, True])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,16 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import WORDS, assert_close, facts, gpt2, random_episodes, tiny_mend, tokenizer
+from tiny import (
+    WORDS,
+    assert_close,
+    facts,
+    gpt2,
+    random_episodes,
+    seasoned_mend,
+    tiny_mend,
+    tokenizer,
+)
 
 from pymend import Trainer, evaluate
 from pymend.algorithms.mend.mend import Mend
@@ -339,6 +349,56 @@ def test_clipping_and_the_two_learning_rates() -> None:
     assert all(p.grad is None for p in optimizer.parameters)
 
 
+@pytest.mark.parametrize("factored", [False, True])
+def test_steps_are_those_of_torchs_adam(factored: bool) -> None:
+    """With its own clip, under a schedule worked out by hand; some gradients are below the clip."""
+    config = TrainConfig(
+        steps=4, lr=1e-3, alpha_lr=1e-2, clip=2.0, warmup=2, schedule="cosine", batch_size=1
+    )
+    factors = (1 / 3, 2 / 3, 1, 1 / 2)  # half of the cosine's two steps is done in the last
+    mend = tiny_mend(gpt2())
+    optimizer = EditorOptimizer(mend, config)
+    names = {id(p): n for n, p in mend.editor.named_parameters()}
+    twins = [p.detach().clone().requires_grad_() for p in optimizer.parameters]
+    rates = [1e-2 if names[id(p)] == "alpha" else 1e-3 for p in optimizer.parameters]
+    theirs = torch.optim.Adam([{"params": [t], "lr": r} for t, r in zip(twins, rates, strict=True)])
+    norms = []
+    for step, factor in enumerate(factors):
+        for p, twin in zip(optimizer.parameters, twins, strict=True):
+            size = 10.0 ** (step - 3)
+            if factored and hasattr(p, "factors"):
+                left, right = torch.randn(3, len(p)), size * torch.randn(3, p.shape[1])
+                p.factors.append((left, right))
+                twin.grad = left.t() @ right
+            else:
+                p.grad = size * torch.randn_like(p)
+                twin.grad = p.grad.clone()
+        for group, rate in zip(theirs.param_groups, rates, strict=True):
+            group["lr"] = factor * rate
+        norms.append(float(torch.nn.utils.clip_grad_norm_(twins, 2.0)))
+        assert optimizer.step(step) == pytest.approx(norms[-1], rel=1e-5)
+        theirs.step()
+    assert norms[0] < 2 < norms[-1]
+    start = tiny_mend(gpt2()).editor.state_dict()
+    for p, twin in zip(optimizer.parameters, twins, strict=True):
+        name = names[id(p)]
+        assert_close(p - start[name], twin - start[name], f"steps of {name}", 1e-4)
+
+
+def test_validation_scores_are_those_of_an_evaluation(tmp_path: Path) -> None:
+    """Exact matches, and not shares of tokens, though some answers are right in part."""
+    model, held_out = gpt2(), facts(24, seed=9)
+    mend = seasoned_mend(model, alpha=0.01)
+    config = replace(SMALL, steps=1, lr=0.0, alpha_lr=0.0, eval_records=24, keep="last")
+    run = trainer(tmp_path, config, model=model, mend=mend, held_out=held_out)
+    trained = run.train()  # the running moments alone have moved
+    with frozen(model):
+        scores = run._evaluate()
+    metrics = evaluate(trained, model, tokenizer(), held_out, progress=False)
+    assert scores["edit_success"] == pytest.approx(metrics.value("edit_success"))
+    assert 0 < metrics.value("edit_success") < metrics.value("token_edit_success") < 1
+
+
 def test_learning_rate_schedule() -> None:
     config = TrainConfig(steps=10, warmup=2, schedule="cosine")
     factors = [learning_rate_factor(config, s) for s in range(11)]
@@ -387,6 +447,27 @@ def test_simultaneous_edits_are_of_different_facts_and_keep_others() -> None:
             prompts = [row.prompt for row in episode.edits]
             assert len(set(prompts)) == 4
             assert not {x.prompt for x in episode.locality} & set(prompts)
+
+
+def test_an_edited_neighbour_gives_way_to_the_other_one() -> None:
+    """In any of its wordings; where there is no other one, a prompt is borrowed."""
+    one, two, three = facts(3)
+    encoder = Encoder(tokenizer())
+
+    def drawn(beside: tuple[Probe, ...], edits: int) -> set[tuple[int, ...]]:
+        records = encoder.requests([replace(one, locality=beside), two, three])
+        sampler = Sampler(records, edits, 1, seed=0)
+        episodes = (sampler.episode(records[:edits], random.Random(i)) for i in range(60))
+        return {e.locality[0].prompt for e in episodes}
+
+    def prompts(*probes: Probe) -> set[tuple[int, ...]]:
+        return {encoder.probe(p).prompt for p in probes}
+
+    other = Probe("bu bu")
+    near = (Probe(two.prompt, "x"), Probe(two.rephrases[0], "x"))
+    assert drawn((*near, other), edits=2) == prompts(other)
+    assert drawn((*near, other), edits=1) == prompts(*near, other)
+    assert drawn(near[:1], edits=2) == prompts(*two.locality, *three.locality)
 
 
 def test_facts_that_occur_often_and_once_are_mixed() -> None:
