@@ -19,7 +19,7 @@ from pymend.engine.hooks import first_input, forward_hooks
 from pymend.errors import NonFiniteError
 from pymend.files import digest, read_json, read_tensors, writable_dir, write_json, write_tensors
 from pymend.interop.peft import write_adapter
-from pymend.models.structure import EditedWeight, has_experts, module_of, unwrapped, weight_of
+from pymend.models.structure import EditedWeight, Origin, module_of, unwrapped, weight_of
 from pymend.ops.rank_update import rank_update
 from pymend.ops.side_path import side_path
 
@@ -125,7 +125,7 @@ class Edit(BaseEdit):
         self.factors = dict(factors)
         u = next(iter(self.factors.values())).u
         super().__init__(len(u) if u.dim() == 3 else None, fingerprint, outcomes)
-        self.beside_experts = False  # made for a model whose experts are in one parameter
+        self.origin = Origin()
         self._backup: dict[str, Tensor] = {}
         self._model: weakref.ref[nn.Module] | None = None
 
@@ -141,7 +141,7 @@ class Edit(BaseEdit):
             kept = (u != 0).any(-1) | (delta != 0).any(-1)
             factors[name] = LowRank(u[kept], delta[kept], f.alpha)
         one = Edit(self.weights, factors)
-        one.beside_experts = self.beside_experts
+        one.origin = self.origin
         return one
 
     def __add__(self, other: Edit) -> Edit:
@@ -163,7 +163,7 @@ class Edit(BaseEdit):
             delta = torch.cat([f.alpha * f.delta, delta])
             factors[name] = LowRank(torch.cat([f.u, u]), delta, torch.ones_like(f.alpha))
         both = Edit(self.weights, factors, self.fingerprint, self.outcomes + other.outcomes)
-        both.beside_experts = self.beside_experts
+        both.origin = self.origin
         return both
 
     # -- beside the weights ------------------------------------------------------------------
@@ -290,7 +290,7 @@ class Edit(BaseEdit):
             "alpha": [float(self.factors[w.name].alpha.detach()) for w in self.weights],
             "fingerprint": self.fingerprint,
             "outcomes": [asdict(o) for o in self.outcomes],
-            "beside_experts": self.beside_experts,
+            "origin": asdict(self.origin),
         }
         tensors = {}
         for name, f in self.factors.items():
@@ -313,6 +313,7 @@ class Edit(BaseEdit):
             weights = [EditedWeight(**w) for w in description["weights"]]
             outcomes = [Outcome(**o) for o in description["outcomes"]]
             alphas, fingerprint = description["alpha"], description["fingerprint"]
+            origin = Origin(**description.get("origin", {}))  # older files have none
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path / 'edit.json'} is no edit: {error}") from error
         wanted = {
@@ -338,7 +339,7 @@ class Edit(BaseEdit):
             for w, alpha in zip(weights, alphas, strict=True)
         }
         edit = cls(weights, factors, fingerprint, outcomes)
-        edit.beside_experts = bool(description.get("beside_experts", False))
+        edit.origin = origin
         return edit
 
     def to_peft(self, folder: str | Path) -> None:
@@ -353,7 +354,7 @@ class Edit(BaseEdit):
         if self.episodes is not None:
             raise RuntimeError("pick a single edit out of edit_many with [i] before exporting it")
         names = {w.module.rpartition(".")[2] for w in self.weights} & EXPERT_NAMES
-        if self.beside_experts and names:
+        if self.origin.experts and names:
             raise ValueError(
                 f"PEFT takes {', '.join(sorted(names))} of a model with experts for those of its "
                 "experts, so an adapter would not act as the edit does; save the merged model"
@@ -363,7 +364,8 @@ class Edit(BaseEdit):
         for w in self.weights:
             f = self.factors[w.name]
             layers[w.module] = f.u, -f.alpha * f.delta
-        write_adapter(folder, layers, any(w.transposed for w in self.weights))
+        transposed = any(w.transposed for w in self.weights)
+        write_adapter(folder, layers, transposed, self.origin.name, self.origin.task)
 
     # -- checks ------------------------------------------------------------------------------
 
@@ -379,7 +381,7 @@ class Edit(BaseEdit):
             return
         self.check_finite()
         check_fingerprint(model, self.weights, self.fingerprint)
-        self.beside_experts = has_experts(model)
+        self.origin = Origin.of(model)
         self._model = weakref.ref(model)
 
     def check_finite(self) -> None:
@@ -421,7 +423,7 @@ def check_fingerprint(model: nn.Module, weights: Sequence[EditedWeight], known: 
     if known and known != fingerprint(model, weights):
         raise ValueError(
             "this edit was made for another model: the edited weights differ; "
-            "load the model it was computed on"
+            "load the model it was computed on, in its precision (a float16 copy is another model)"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, cast
@@ -260,16 +261,31 @@ def _last_blocks(model: nn.Module, blocks: int) -> Iterator[tuple[str, nn.Module
             yield f"{path}.{i}", block_list[i]
 
 
-def has_experts(model: nn.Module) -> bool:
-    """Whether some block keeps the matrices of its experts in one parameter."""
-    for prefix, part in stacks(model).items():
-        try:
-            _, blocks = find_blocks(part, prefix)
-        except ValueError:
-            continue
-        if any(_experts(block, "") for block in blocks):
-            return True
-    return False
+@dataclass(frozen=True)
+class Origin:
+    """What an edit was made for, as far as an adapter has to tell.
+
+    ``name``: the folder or hub name that the model was loaded from. ``task``: PEFT's name of what
+    it does. ``experts``: some block keeps the matrices of its experts in one parameter.
+    """
+
+    name: str = ""
+    task: str = ""
+    experts: bool = False
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Origin:
+        """The origin of edits of ``model``."""
+        inner: Any = unwrapped(model)
+        task = ""  # of a classifier PEFT would also want the head
+        if hasattr(inner, "get_output_embeddings") and inner.get_output_embeddings() is not None:
+            two = getattr(inner.config, "is_encoder_decoder", False)
+            task = "SEQ_2_SEQ_LM" if two else "CAUSAL_LM"
+        experts = False
+        for prefix, part in stacks(inner).items():
+            with suppress(ValueError):
+                experts |= any(_experts(block, "") for block in find_blocks(part, prefix)[1])
+        return cls(str(getattr(inner, "name_or_path", "") or ""), task, experts)
 
 
 def left_out(model: nn.Module, weights: Sequence[EditedWeight]) -> dict[str, str]:
