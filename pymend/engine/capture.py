@@ -103,6 +103,11 @@ class Tape:
         if shapes and episodes > 1:
             self._check_whole(shapes)
         scale = HALF_SCALE if any(p.dtype == torch.float16 for p in probes) else 1.0
+        if not loss.requires_grad:
+            raise ValueError(
+                f"what the model says cannot be differentiated at the output of "
+                f"{self.weights[0].name}; edit other weights, or another model"
+            )
         with torch.enable_grad():
             found = torch.autograd.grad(
                 loss * scale, probes, create_graph=self.second_order, allow_unused=True

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import product
 from typing import Any, cast
 
 import torch
@@ -104,6 +105,16 @@ def _experts(block: nn.Module, prefix: str) -> list[str]:
     ]
 
 
+def _holds_experts(block: nn.Module) -> bool:
+    """Whether some module of a block has the ways up and down of experts as two parameters."""
+    for module in block.modules():
+        shapes = [p.shape for p in module._parameters.values() if p is not None and p.dim() == 3]
+        for (count, *up), (same, a, b) in product(shapes, shapes):
+            if count == same and {*up} in ({2 * a, b}, {2 * b, a}):
+                return True
+    return False
+
+
 def _mlp_names(block: nn.Module, prefix: str) -> list[str]:
     """The layers between the residual stream and the block's widest hidden layer.
 
@@ -179,6 +190,11 @@ def stacks(model: nn.Module) -> dict[str, nn.Module]:
     return {paths[part]: part for part in parts}
 
 
+def plain_name(name: str) -> str:
+    """The name of a parameter as it is without an adapter of PEFT."""
+    return name.replace(".base_layer.", ".")
+
+
 def find_weights(
     model: nn.Module, patterns: Sequence[str] = (), blocks: int = 0
 ) -> tuple[EditedWeight, ...]:
@@ -196,11 +212,14 @@ def find_weights(
     """
     model = unwrapped(model)
     layers = {f"{name}.weight": (name, m, a, b) for name, m, a, b in _matrices(model)}
-    every = [name.replace(".base_layer.", ".") for name, _ in model.named_parameters()]
-    names: Sequence[str] = every
+    # A matrix that several blocks share goes by its first name.
+    shared = [*model.named_parameters(remove_duplicate=False)]
+    first = {id(p): name for name, p in reversed(shared)}
+    same = {plain_name(name): plain_name(first[id(p)]) for name, p in shared}
+    names: Sequence[str] = [name for name, other in same.items() if name == other]
     kind = patterns[0] if len(patterns) == 1 else "mlp" if not patterns else ""
     if kind in KINDS:
-        chosen = _of_kind(model, kind, blocks)
+        chosen = {same.get(name, name) for name in _of_kind(model, kind, blocks)}
     else:
         if kind == PAPER:
             patterns = paper_weights(getattr(model, "config", None))
@@ -222,6 +241,12 @@ def find_weights(
     weights: list[EditedWeight] = []
     for name in (n for n in names if n in chosen):
         module_name, module, a, b = layers[name]
+        others = [n for n, other in same.items() if other == name and n != name]
+        if any(module_of(model, n.rpartition(".")[0]) is not module for n in others):
+            raise ValueError(
+                f"{name} is also {others[0]}, so an edit would act in both when merged and in one "
+                "when applied; leave it out"
+            )
         mode = sum(w.shape == (a, b) for w in weights)
         weights.append(EditedWeight(name, module_name, a, b, isinstance(module, Conv1D), mode))
     return tuple(weights)
@@ -284,7 +309,7 @@ class Origin:
         experts = False
         for prefix, part in stacks(inner).items():
             with suppress(ValueError):
-                experts |= any(_experts(block, "") for block in find_blocks(part, prefix)[1])
+                experts |= any(_holds_experts(b) for b in find_blocks(part, prefix)[1])
         return cls(str(getattr(inner, "name_or_path", "") or ""), task, experts)
 
 
@@ -320,12 +345,15 @@ def lowest_block(
         path, blocks = find_blocks(part, prefix)
     except ValueError:
         return None, 0
+    modules = [*unwrapped(model).named_modules(remove_duplicate=False)]
+    edited = {id(module_of(model, w.module)) for w in weights}
     indices = [len(blocks)]
-    for weight in weights:
-        head, _, rest = weight.module.partition(f"{path}.")
+    # A module that several blocks share acts in the lowest of them.
+    for name in {w.module for w in weights} | {n for n, module in modules if id(module) in edited}:
+        head, _, rest = name.partition(f"{path}.")
         if not head and rest:
             indices.append(int(rest.split(".")[0]))
-        elif len(parts) == 1 or weight.module.startswith(f"{prefix}."):
+        elif len(parts) == 1 or name.startswith(f"{prefix}."):
             return None, 0
     return blocks, min(indices)
 
