@@ -18,8 +18,8 @@ from pymend.edit import BaseEdit, Outcome
 from pymend.engine.hooks import frozen
 from pymend.engine.losses import hits_rows, mean_of_seen
 from pymend.engine.replay import Replay
-from pymend.engine.tokens import Batch, Encoder, Row
-from pymend.models.structure import EditedWeight
+from pymend.engine.tokens import Encoder, Row
+from pymend.models.structure import EditedWeight, unwrapped
 
 E = TypeVar("E", bound=BaseEdit)
 A = TypeVar("A", bound="Algorithm[Any]")
@@ -147,6 +147,7 @@ class Algorithm(ABC, Generic[E]):
             raise ValueError("no request to edit; give at least one")
         if joint:
             self.expect(len(requests))
+        model = unwrapped(model)
         encoder = Encoder.for_model(model, tokenizer, chat)
         rows = [encoder.row(r.prompt, r.target) for r in requests]
         known = self.prepare(model)
@@ -182,7 +183,7 @@ def _outcomes(
     replay: Replay, edit: BaseEdit, requests: list[EditRequest], rows: list[Row], encoder: Encoder
 ) -> tuple[Outcome, ...]:
     """Look at every request before and after the edit."""
-    batch = Batch.of(rows, replay.device)
+    batch = replay.batch(rows)
     n = len(rows)
     looks = []
     with torch.no_grad():

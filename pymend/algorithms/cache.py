@@ -25,9 +25,9 @@ from pymend.config import CacheConfig, to_json
 from pymend.edit import BaseEdit, Outcome, check_fingerprint, fingerprint, split_episodes
 from pymend.engine.hooks import forward_hooks
 from pymend.engine.replay import Replay
-from pymend.engine.tokens import IGNORE, Batch, Row
+from pymend.engine.tokens import IGNORE, Row
 from pymend.errors import NonFiniteError
-from pymend.models.structure import EditedWeight, find_blocks, find_weights, stacks
+from pymend.models.structure import EditedWeight, find_blocks, find_weights, module_of, stacks
 
 
 class OutputEdit(BaseEdit):
@@ -127,7 +127,7 @@ class Cache(Algorithm[OutputEdit]):
         Raises:
             NonFiniteError: a hidden state is not finite.
         """
-        batch = Batch.of(rows, replay.device)
+        batch = replay.batch(rows)
         means: list[Tensor] = []
 
         def keep(found: Tensor, logits: Tensor) -> Tensor:
@@ -185,7 +185,7 @@ def rewriting(model: nn.Module, rewrite: Callable[[Tensor, Tensor], Tensor]) -> 
         if settings is not None:
             stack.callback(setattr, settings, "use_cache", settings.use_cache)
             settings.use_cache = False
-        stack.enter_context(forward_hooks({model.get_submodule(trunk): keep}))
+        stack.enter_context(forward_hooks({module_of(model, trunk): keep}))
         stack.enter_context(forward_hooks({model: change}))  # may be the same module
         yield
 

@@ -21,7 +21,7 @@ from pymend.config import EditRequest, FineTuneConfig, to_json
 from pymend.edit import fingerprint
 from pymend.engine.losses import mean_of_seen
 from pymend.engine.replay import Replay
-from pymend.engine.tokens import Batch, Encoder, Row
+from pymend.engine.tokens import Encoder, Row
 from pymend.files import digest
 from pymend.models.structure import EditedWeight, find_weights, weight_of
 
@@ -126,7 +126,7 @@ class FineTune(Algorithm[DenseEdit]):
     @torch.enable_grad()
     def _fit(self, replay: Replay, rows: Sequence[Row]) -> tuple[dict[str, Tensor], int]:
         """The residuals that one edit ends with, and the steps it took."""
-        config, batch = self.config, Batch.of(rows, replay.device)
+        config, batch = self.config, replay.batch(rows)
         # The draws are the edit's own: no order or batch changes it.
         name = f"{config.seed} {[row.ids for row in rows]}"
         residual = _Residual(replay.model, self.weights, config.rank, name)
@@ -158,7 +158,7 @@ class FineTune(Algorithm[DenseEdit]):
     def _drift(self, replay: Replay, row: Row, edit: DenseEdit) -> Tensor:
         """KL(model || edited model), the mean over the locality positions of ``row``."""
         replay.load([row])
-        batch = Batch.of([row], replay.device)
+        batch = replay.batch([row])
         with torch.no_grad():
             base = replay.label_rows(batch)
         with edit.applied(replay.model):

@@ -7,7 +7,8 @@ delta, and nothing else: no weight gradient, and nothing below the lowest probe.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,8 +20,14 @@ from torch.linalg import vector_norm
 
 from pymend.engine.hooks import first_input, forward_hooks
 from pymend.errors import NonFiniteError
-from pymend.models.structure import EditedWeight, weight_of
+from pymend.models.structure import EditedWeight, module_of, weight_of
 
+# Of the largest row of a weight in an episode: what is not above is the rounding of a zero. A key
+# that attends to itself alone has one: its gradient is a difference of equal sums.
+LIVE = {
+    dtype: torch.finfo(dtype).eps * (128 if dtype.itemsize > 2 else 1 / 8)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+}
 HALF_SCALE = 2.0**10  # keeps small float16 deltas above underflow; a power of two, so exact
 
 
@@ -50,27 +57,69 @@ class Tape:
         self._probes[name].append(probe)
         return y + probe
 
-    def backward(self, loss: Tensor, episodes: int) -> dict[str, Factors]:
+    def _check_whole(self, shapes: Collection[tuple[int, ...]]) -> None:
+        """Refuse modules whose inputs cannot be told apart by episode."""
+        count = {rows for rows, *_ in shapes}  # one number
+        flat = count | {math.prod(shape) for shape in shapes}
+        for name, inputs in self._inputs.items():
+            for x in inputs:
+                whole = len(x) in (flat if x.dim() == 2 else count)
+                if not whole:
+                    raise ValueError(
+                        f"the module of {name} is given {tuple(x.shape)}, not text after text, as "
+                        "experts and layers that put time first are, so edits would be mixed; edit "
+                        "facts one by one (training: accumulate as large as batch_size), or other "
+                        "weights"
+                    )
+
+    def backward(
+        self, loss: Tensor, episodes: int, shapes: Collection[tuple[int, ...]] = ()
+    ) -> dict[str, Factors]:
         """Differentiate ``loss`` and return the live rows, at least float32.
 
-        Rows whose u or delta is zero throughout (padding, tokens after the last label) are dropped;
-        the one read-back of that row set is the only synchronisation.
+        Rows whose u or delta is zero throughout (padding, tokens after the last label), or only
+        rounding beside the largest of their episode, are dropped; the one read-back of that row set
+        is the only synchronisation.
 
         Args:
             loss: scalar, a sum over ``episodes`` of terms that depend on their own rows only.
             episodes: the batch is that many equal groups of rows, one after the other.
+            shapes: [rows, tokens] of what the model was called with; a module that was given
+                anything else is refused if there are several episodes.
 
         Raises:
-            RuntimeError: an edited module was not called.
+            ValueError: an edited module was not called, was called with some of the tokens, or has
+                no part in the loss.
             NonFiniteError: a live row is not finite.
         """
         probes = [p for w in self.weights for p in self._probes[w.name]]
         missing = [w.name for w in self.weights if not self._probes[w.name]]
         if missing:
-            raise RuntimeError(f"the forward pass never called the module of {missing[0]}")
+            raise ValueError(
+                f"{missing[0]} has no part in this text: its module was not called, as of an "
+                "expert that was not chosen or of attention to an encoder that is not there; edit "
+                "other weights"
+            )
+        if shapes and episodes > 1:
+            self._check_whole(shapes)
         scale = HALF_SCALE if any(p.dtype == torch.float16 for p in probes) else 1.0
+        if not loss.requires_grad:
+            raise ValueError(
+                f"what the model says cannot be differentiated at the output of "
+                f"{self.weights[0].name}; edit other weights, or another model"
+            )
         with torch.enable_grad():
-            grads = iter(torch.autograd.grad(loss * scale, probes, create_graph=self.second_order))
+            found = torch.autograd.grad(
+                loss * scale, probes, create_graph=self.second_order, allow_unused=True
+            )
+        owners = [w.name for w in self.weights for _ in self._probes[w.name]]
+        for name, grad in zip(owners, found, strict=True):
+            if grad is None:
+                raise ValueError(
+                    f"what the model says does not depend on the output of {name} in a way that "
+                    "can be differentiated; edit other weights"
+                )
+        grads: Iterator[Any] = iter(found)
         rows = {}
         for w in self.weights:
             # A module called several times contributes the rows of all its calls.
@@ -84,7 +133,8 @@ class Tape:
         ]
         on_host = torch.stack([torch.cat(side) for side in norms]).cpu()  # [2, rows of all weights]
         lengths = [len(u) for u, _ in rows.values()]
-        live = (on_host != 0).all(0)
+        floor = max(LIVE[p.dtype] for p in probes)
+        live = torch.cat([_live(x, episodes, floor) for x in on_host.split(lengths, 1)])
         broken = live & ~on_host.isfinite().all(0)
         if broken.any():
             parts = zip(rows, broken.split(lengths), strict=True)
@@ -100,6 +150,13 @@ class Tape:
         for (name, (u, delta)), index, count in zip(rows.items(), indices, counts, strict=True):
             captured[name] = Factors(u[index], delta[index], tuple(count))
         return captured
+
+
+def _live(norms: Tensor, episodes: int, floor: float) -> Tensor:
+    """Which rows of a weight count, from their norms [2, rows]: neither side is mere rounding."""
+    by_episode = norms.view(2, episodes, -1)
+    largest = by_episode.nan_to_num(0, 0, 0).amax(2, keepdim=True)
+    return ((by_episode > floor * largest) | ~by_episode.isfinite()).all(0).flatten()
 
 
 def _rows(parts: Sequence[Tensor], episodes: int) -> Tensor:
@@ -130,6 +187,6 @@ def capture(
     for weight in weights:
         weight_of(model, weight)
     tape = Tape(weights, second_order)
-    hooks = {model.get_submodule(w.module): partial(tape.record, w.name) for w in weights}
+    hooks = {module_of(model, w.module): partial(tape.record, w.name) for w in weights}
     with torch.enable_grad(), forward_hooks(hooks):
         yield tape

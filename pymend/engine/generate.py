@@ -11,7 +11,7 @@ from transformers import LogitsProcessor, PreTrainedModel
 
 from pymend.engine.hooks import frozen
 from pymend.engine.losses import class_logits
-from pymend.engine.tokens import Batch, Encoder, Row
+from pymend.engine.tokens import Batch, Encoder, Row, padding_of
 from pymend.progress import tqdm
 
 TOP = 50  # likeliest tokens of which one is drawn: the default of transformers, too
@@ -30,7 +30,8 @@ def greedy(
         rows = [encoder.row(p) for p in prompts[i : i + ANSWERED_TOGETHER]]
         with frozen(model):
             if rows[0].label is not None:
-                logits = class_logits(model(**Batch.of(rows, model.device).inputs).logits)
+                batch = Batch.of(rows, model.device, padding_of(model))
+                logits = class_logits(model(**batch.inputs).logits)
                 answers += [encoder.text(best) for best in logits.argmax(-1, keepdim=True)]
             else:
                 answers += _generated(model, encoder, rows, tokens)
@@ -44,7 +45,7 @@ def _generated(
     tokenizer, device = encoder.tokenizer, model.device
     pad = tokenizer.eos_token_id or 0
     if rows[0].source:
-        inputs = Batch.of(rows, device).inputs
+        inputs = Batch.of(rows, device, padding_of(model)).inputs
         given, start = {n: inputs[n] for n in ("input_ids", "attention_mask")}, 1
     else:
         # Padding on the left: what is generated follows the prompt at once.

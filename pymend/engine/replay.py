@@ -9,9 +9,11 @@ the model's does not run at all here, since the losses need it on a few rows at 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +21,24 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from pymend.engine.hooks import changed_input, forward_hooks, forwards, is_plain, watch
 from pymend.engine.losses import LabelRows, class_logits
-from pymend.engine.tokens import Batch, Row, stacked
-from pymend.models.structure import EditedWeight, lowest_block, stacks
+from pymend.engine.tokens import Batch, Row, padding_of, stacked
+from pymend.models.structure import EditedWeight, lowest_block, module_of, stacks
 
 PASS_TOKENS = 64  # padding that costs a CPU about as much as another pass
+TRIED_TOKENS = 8  # of the longer of two rows
 GROUP_TOKENS = 2048  # tokens of one prefix pass; more gains nothing, and memory grows
+
+
+class Verdict(NamedTuple):
+    """What a trial of a model showed, with the reasons; nothing where all is well."""
+
+    prefix: str = ""  # why none can be kept
+    mixed: str = ""  # why rows of unequal length go apart
+    head: str = ""  # why it gets whole rows
+
+
+# Of every model, by the number of blocks below the cut.
+_verdicts: weakref.WeakKeyDictionary[nn.Module, dict[int, Verdict]] = weakref.WeakKeyDictionary()
 
 
 class Replay:
@@ -43,13 +58,13 @@ class Replay:
         keep: bool = False,
         prefix: bool = True,
     ) -> None:
-        self.model = model
+        self.model, self.weights = model, weights
         self.device = next(model.parameters()).device
         self.blocks, self.cut = lowest_block(model, weights) if prefix else (None, 0)
         parts = stacks(model)
         self._encoder = next(iter(parts.values())) if len(parts) > 1 else None
         head = model.get_output_embeddings()  # type: ignore[operator]
-        edited = {model.get_submodule(w.module) for w in weights}
+        edited = {module_of(model, w.module) for w in weights}
         # An edited head needs whole rows: factors and edits go by the rows of the batch.
         self._head: nn.Module | None = None if head in edited else head
         self._last = False  # whether what the head returns is what the model returns
@@ -61,9 +76,26 @@ class Replay:
         self._states: dict[tuple[int, ...], list[Tensor]] = {}
         self._shape: tuple[list[Any], TreeSpec, list[int]] | None = None
         self._live = 0
+        self._padding_id = padding_of(model)
+        self._mixed: str | None = None  # why rows of unequal length go apart; None: not tried yet
+
+    def batch(self, rows: Sequence[Row]) -> Batch:
+        """``rows`` padded for this model, on its device.
+
+        Raises:
+            ValueError: rows of unequal length, of a model that padding changes.
+        """
+        if self._mixed and len({len(r.prefix) for r in rows}) > 1:
+            raise ValueError(
+                f"{type(self.model).__name__} takes no texts of unequal length at once "
+                f"({self._mixed}); edit facts one by one, or give texts of equal length"
+            )
+        return Batch.of(rows, self.device, self._padding_id)
 
     def load(self, rows: Sequence[Row]) -> None:
         """Compute the prefix states of ``rows`` that are not kept yet, similar lengths together."""
+        if self._mixed is None:
+            self._try(rows)
         if self.cut == 0:
             return
         if not self._keep:
@@ -82,11 +114,69 @@ class Replay:
         if group:
             self._record(group)
 
+    def _try(self, rows: Sequence[Row]) -> None:
+        """Find out, once a model, whether prefix and padding leave what it says as it is.
+
+        Blocks that are handed more than they return, states that mix rows, layers that share keys:
+        there are many ways in which a prefix cannot be kept, and a trial finds them all.
+        """
+        known = _verdicts.setdefault(self.model, {})
+        if self.cut not in known:
+            known[self.cut] = self._tried(rows)
+            reason = known[self.cut].prefix
+            if reason:
+                warnings.warn(
+                    f"{type(self.model).__name__} keeps no frozen prefix ({reason}); every pass "
+                    "runs the whole model",
+                    stacklevel=4,
+                )
+        verdict = known[self.cut]
+        self._mixed = verdict.mixed
+        if verdict.prefix:
+            self.cut = 0
+        if verdict.head:
+            self._head = None
+
+    @torch.no_grad()
+    def _tried(self, rows: Sequence[Row]) -> Verdict:
+        """What two short rows of unequal length show, run in several ways."""
+        longest = max(rows, key=lambda r: len(r.prefix))
+        size = min(len(longest.prefix), TRIED_TOKENS)
+        if size < 3:
+            return Verdict()
+        pair = [longest.part(size), longest.part(size - 2)]
+        live = Replay(self.model, self.weights, prefix=False)
+        live._mixed = head = ""
+        try:
+            alone = [live._said([row]) for row in pair]
+        except (IndexError, RuntimeError, ValueError) as error:  # of a head that wants whole rows
+            live._head, head = None, type(error).__name__
+            alone = [live._said([row]) for row in pair]
+        if not all(x.isfinite().all() for x in alone):
+            return Verdict()  # whoever uses what it says will refuse it
+        mixed = _differs(lambda: live._said(pair), torch.cat(alone), "padding changes what it says")
+        if self.cut == 0:
+            return Verdict(mixed=mixed, head=head)
+        trial = Replay(self.model, self.weights)
+        trial._mixed, trial._head = "", live._head
+
+        def replayed() -> Tensor:
+            trial.load(pair)
+            return torch.cat([trial._said([row]) for row in pair])
+
+        prefix = _differs(replayed, torch.cat(alone), "its answers would change")
+        return Verdict(prefix, mixed, head)
+
+    def _said(self, rows: Sequence[Row]) -> Tensor:
+        """Logits at the label positions of ``rows``."""
+        found = self.label_rows(self.batch(rows))
+        return found.values if found.head is None else found.head(found.values)
+
     @torch.no_grad()
     def _record(self, group: list[tuple[int, ...]]) -> None:
         """Run the blocks below the cut on ``group`` and keep what the last of them returns."""
         assert self.blocks is not None
-        batch = Batch.of([Row(ids, answer=False) for ids in group], self.device)
+        batch = Batch.of([Row(ids, answer=False) for ids in group], self.device, self._padding_id)
         with ExitStack() as stack:
             last = stack.enter_context(watch(self.blocks[self.cut - 1]))
             first = stack.enter_context(watch(self.blocks[0]))
@@ -175,6 +265,17 @@ class Replay:
         with change:
             logits: Tensor = self.model(**batch.inputs, **self._options).logits
         return logits
+
+
+def _differs(run: Callable[[], Tensor], exact: Tensor, reason: str) -> str:
+    """Why what ``run`` gives is not ``exact``; nothing if it is, up to rounding."""
+    try:
+        found = run()
+    except Exception as error:  # whatever a model raises, it is no reason to give up
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
+    allowed = torch.finfo(exact.dtype).eps ** 0.5 * exact.float().norm()
+    same = found.shape == exact.shape and (found.float() - exact.float()).norm() <= allowed
+    return "" if same else reason
 
 
 def _tensors(values: Any) -> list[Tensor]:

@@ -76,6 +76,18 @@ class Row:
         """The same text with every position looked at."""
         return replace(self, first=0)
 
+    def part(self, tokens: int) -> Row:
+        """The first so many of the tokens that the lowest blocks read, all positions looked at.
+
+        The last one stays where a text has a frame.
+        """
+        if self.source:
+            source = (*self.source[: tokens - 1], self.source[-1])
+            return Row(self.ids[:1], answer=False, source=source)
+        if self.label is not None:
+            return Row((*self.ids[: tokens - 1], self.ids[-1]), answer=False, label=self.label)
+        return Row(self.inputs[:tokens], answer=False)
+
     def filler(self) -> Row:
         """A short row of the same kind with no position that is looked at."""
         return replace(self, ids=self.ids[:1], first=1, answer=False, source=self.source[:1])
@@ -109,13 +121,18 @@ class Batch:
     target: Tensor
 
     @classmethod
-    def of(cls, rows: Sequence[Row], device: torch.device | str = "cpu") -> Batch:
-        """Pad ``rows`` on the right."""
-        ids, mask = _padded([r.prefix for r in rows])
+    def of(cls, rows: Sequence[Row], device: torch.device | str = "cpu", padding: int = 0) -> Batch:
+        """Pad ``rows`` on the right.
+
+        Args:
+            padding: the model's own padding token. Padding is masked and carries no label, but a
+                decoder that classifies looks for its last token by that id.
+        """
+        ids, mask = _padded([r.prefix for r in rows], padding)
         inputs = {"input_ids": ids, "attention_mask": mask}
         if rows[0].source:
             # A decoder looks back only, so its padding needs no mask.
-            inputs["decoder_input_ids"], _ = _padded([r.inputs for r in rows])
+            inputs["decoder_input_ids"], _ = _padded([r.inputs for r in rows], padding)
         labels = [
             (i, t, y)
             for i, r in enumerate(rows)
@@ -128,11 +145,17 @@ class Batch:
         return cls(tuple(rows), on_device, row, position, target)
 
 
-def _padded(rows: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
+def padding_of(model: torch.nn.Module) -> int:
+    """The id that ``model`` knows as padding, of its text part; 0 if it knows none."""
+    config: Any = getattr(model, "config", None)
+    found = getattr(config.get_text_config(), "pad_token_id", None) if config else None
+    return found if isinstance(found, int) and found >= 0 else 0
+
+
+def _padded(rows: Sequence[tuple[int, ...]], padding: int) -> tuple[Tensor, Tensor]:
     """Ids and attention mask [rows, tokens] int64."""
     width = max(map(len, rows))
-    # Padding is masked and carries no label, so any token id will do.
-    ids = torch.tensor([[*r, *[0] * (width - len(r))] for r in rows])
+    ids = torch.tensor([[*r, *[padding] * (width - len(r))] for r in rows])
     length = torch.tensor([len(r) for r in rows])
     return ids, (torch.arange(width) < length[:, None]).long()
 
@@ -181,11 +204,18 @@ class Encoder:
             ValueError: ``chat`` for a model or tokenizer that has no chat template.
         """
         config: Any = model.config
-        limit = getattr(config, "max_position_embeddings", None) or 0
-        if getattr(config, "is_encoder_decoder", False):
-            return SequenceEncoder(tokenizer, limit, config.decoder_start_token_id, chat)
+        limit = getattr(config.get_text_config(), "max_position_embeddings", None) or 0
+        limit = limit if isinstance(limit, int) and limit > 0 else 0  # XLNet has -1: none
         if model.get_output_embeddings() is None:  # type: ignore[operator]
             return ClassEncoder(tokenizer, limit, config.num_labels, config.label2id, chat)
+        if getattr(config, "is_encoder_decoder", False):
+            start = config.decoder_start_token_id
+            if start is None:
+                raise ValueError(
+                    f"{type(model).__name__} does not say what its decoder starts from; set "
+                    "model.config.decoder_start_token_id"
+                )
+            return SequenceEncoder(tokenizer, limit, start, chat)
         return Encoder(tokenizer, limit, chat)
 
     def row(self, prompt: str, target: str | None = None) -> Row:

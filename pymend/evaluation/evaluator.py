@@ -25,6 +25,7 @@ from pymend.errors import NonFiniteError
 from pymend.evaluation.metrics import Metrics, RecordScores, mean
 from pymend.evaluation.partial import PartialScores
 from pymend.files import digest, digest_of_tensors
+from pymend.models.structure import unwrapped
 from pymend.ops.token_losses import TokenLosses
 from pymend.progress import tqdm
 
@@ -74,6 +75,7 @@ def evaluate(
         raise ValueError(f"{name} is {min(batch_size, n_edits)}; it must be at least 1")
     if len(data) < n_edits:
         raise ValueError(f"{len(data)} records to evaluate; give at least {n_edits}")
+    model = unwrapped(model)
     encoder = Encoder.for_model(model, tokenizer, chat)
     algorithm.prepare(model)
     algorithm.expect(n_edits)
@@ -229,7 +231,7 @@ class ChunkScores:
     def _look(self, edit: BaseEdit, groups: Sequence[Sequence[Row]]) -> list[list[_RowLook]]:
         """Run equal groups of rows unedited and each under its own edit."""
         rows = [row for group in groups for row in group]
-        batch = Batch.of(rows, self.replay.device)
+        batch = self.replay.batch(rows)
         passes = []
         for context in (nullcontext(), edit.applied(self.replay.model)):
             with context:

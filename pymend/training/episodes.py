@@ -152,7 +152,7 @@ def run_episodes(
     n = len(episodes)
     replay.load([row for e in episodes for row in e.rows()])
     edits, rephrases, locality = (
-        Batch.of([row for e in episodes for row in getattr(e, part)], replay.device)
+        replay.batch([row for e in episodes for row in getattr(e, part)])
         for part in ("edits", "rephrases", "locality")
     )
     with torch.no_grad():

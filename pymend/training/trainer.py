@@ -34,6 +34,7 @@ from pymend.files import (
     write_json,
     write_tensors,
 )
+from pymend.models.structure import unwrapped
 from pymend.progress import tqdm
 from pymend.training.episodes import EpisodeScores, Sampler, run_episodes
 from pymend.training.optim import EditorOptimizer
@@ -83,6 +84,7 @@ class Trainer(Generic[A]):
         progress: bool = True,
         chat: bool = False,
     ) -> None:
+        model = unwrapped(model)
         algorithm.prepare(model)
         self.algorithm, self.model = algorithm, model
         self.config, self.progress = config, progress
