@@ -342,6 +342,8 @@ def test_clipping_and_the_two_learning_rates() -> None:
         p.grad = torch.ones_like(p)
     count = sum(p.numel() for p in optimizer.parameters)
     assert optimizer.step(0) == pytest.approx(count**0.5, rel=1e-5)
+    first = torch.cat([mean.flatten() for mean, _ in optimizer.moments.values()])
+    assert float(first.norm()) == pytest.approx(0.1 * 0.5, rel=1e-5)  # a tenth of what is left
     # Adam's first step is the learning rate, whatever the gradient's scale.
     for p, old in zip(optimizer.parameters, before, strict=True):
         rate = 1e-2 if p is mend.editor.alpha else 1e-3
