@@ -25,7 +25,7 @@ style: setup  ## formatting and lint
 quality: style  ## style and types
 	$(BIN)/mypy
 
-test: build style  ## style, the suite (which builds the site too) without its slow part, a small part under sanitizers
+test: build quality  ## style, types, the suite (which builds the site too) without its slow part, a small part under sanitizers
 	PYMEND_REQUIRE_KERNELS=1 OMP_NUM_THREADS=1 $(PYTEST) -n 2 -m "not slow"
 	@$(MAKE) --no-print-directory asan
 
@@ -56,7 +56,7 @@ wheel: setup  ## dist/*.whl, for every Python from 3.10 on and the glibc of this
 	$(BIN)/python -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' -w dist build/wheel/*.whl
 
 sdist: setup  ## dist/*.tar.gz
-	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m build --sdist
+	PIP_CONSTRAINT="$(CURDIR)/constraints.txt" $(BIN)/python -m build --sdist
 
 wheel-check: wheel  ## the one wheel under torch 2.11, 2.13 and 2.14 (CUDA builds: GBs); CHECK="torch==..." chooses
 	@tools/check_wheel.sh $(CHECK)

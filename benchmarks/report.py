@@ -41,9 +41,7 @@ MEASURED = (*SHOWN, "episodes/s", "GFLOP", "memory ratio")
 SHORT = 0.1  # seconds; a table with shorter times is in milliseconds
 SUMMARY = (  # results file, rival, what it is called in README
     ("train_step", "ours, rephrase", "a training step of ten episodes, the same work"),
-    ("train_step", "ours, rephrase, cached", "... with the prefix states in memory"),
     ("edit", "ours, side path", "one edit, beside the weights"),
-    ("edit", "ours, merged", "one edit, merged into the weights"),
 )
 Row = dict[str, Any]
 

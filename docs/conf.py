@@ -66,9 +66,8 @@ class SettingsOf(SphinxDirective):
         for field in dataclasses.fields(getattr(config, self.arguments[0])):
             default = " ".join(field.default) if field.type.startswith("tuple") else field.default
             shown = f"``{default}``" if default != "" else ""
-            rows.append(
-                (f"``--{field.name.replace('_', '-')}``", shown, field.metadata.get("help", ""))
-            )
+            name = field.name.replace("_", "-") if sign else field.name
+            rows.append((f"``{sign}{name}``", shown, field.metadata["help"]))
         for row in rows:
             lines += [f"   {'* -' if i == 0 else '  -'} {cell}" for i, cell in enumerate(row)]
         found = nodes.section(document=self.state.document)

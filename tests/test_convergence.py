@@ -20,9 +20,9 @@ from pymend.models.structure import weight_of
 
 pytestmark = pytest.mark.skipif(not _lib.has_kernels(), reason="the native module is not built")
 
-STEPS = 15
+STEPS = 8
 CONFIG = TrainConfig(
-    steps=STEPS, batch_size=4, lr=3e-3, alpha_lr=1e-2, eval_every=5, save_every=STEPS,
+    steps=STEPS, batch_size=4, lr=3e-3, alpha_lr=1e-2, eval_every=4, save_every=STEPS,
     eval_records=4, seed=3, keep="last",
 )  # fmt: skip
 # Relative, of the first step and of each one after it: rounding that Adam carries on.

@@ -140,18 +140,27 @@ class _Scores:
     generality: float
 
 
-def test_tables_wrap_long_cells() -> None:
-    text = table(("a", "b"), [("one two three", "x"), ("y\nz", "")], (7, 3))
-    assert text.splitlines() == ["a        b", "-------  -", "one two  x", "three", "y / z"]
+def test_tables_wrap_long_cells(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [("one two three", "x"), ("y\nz", "[b]"), ("unbreakable", "")]
+    monkeypatch.setenv("COLUMNS", "13")
+    wrapped = ["a         b", "-------------", "one two   x", "three", "y / z     [b]"]
+    assert table(("a", "b"), rows).splitlines()[:5] == wrapped
+    monkeypatch.setenv("COLUMNS", "80")
+    assert table(("a", "b"), rows).splitlines()[2] == "one two three  x"
 
 
 @pytest.mark.skipif(
     not smollm2.is_cached(), reason="SmolLM2 is not in the cache; `make setup` puts it there"
 )
-def test_quick_demo_on_smollm2(tmp_path: Path) -> None:
-    assert main(["demo", "--quick", "--output", str(tmp_path)]) == 0
+def test_quick_demo_on_smollm2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a third of its training, and less to look at."""
+    less = dataclasses.replace(demo.QUICK, test_records=4, shown=2, searched=0)
+    monkeypatch.setattr(demo, "QUICK", less)
+    third = ["--steps=8", "--eval-every=8", "--eval-records=4", "--save-every=8"]
+    assert main(["demo", "--quick", *third, "--output", str(tmp_path)]) == 0
     metrics = read_json(tmp_path / "metrics.json")
-    assert metrics["n"] == demo.QUICK.test_records
+    assert metrics["n"] == 4 and metrics["settings"]["train"]["steps"] == 8
+    assert metrics["settings"]["train"]["lr"] == demo.QUICK.train.lr
     assert metrics["model"] == smollm2.NOTE
     assert all(e["weights_restored"] for e in metrics["examples"])
     took = [e["answers"][0]["verdict"] for e in metrics["examples"]]

@@ -133,14 +133,15 @@ def compile_fault(fault: Fault, folder: Path) -> None:
     command = [part.replace(f"-I{ROOT}/csrc", f"-I{sources}") for part in command]
     command = [part.replace(str(ROOT / name), str(folder / name)) for part in command]
     subprocess.run([*command, "-O1"], cwd=folder, check=True)
-    others = [o for o in OBJECTS.glob("*.o") if o.name != f"{fault.op}.cpp.o"]
+    names = [p.name for p in (ROOT / "csrc/emu").glob("*.cpp") if p.stem != fault.op]
+    others = [OBJECTS / f"{name}.o" for name in names]  # a build keeps those of sources that went
     link = [command[0], "-shared", "-o", folder / "_emu.so", made, *others]
     boost = "-DPYMEND_BOOST_CONTEXT" in command
     subprocess.run([*link, *["-lboost_context"] * boost], check=True)
     shutil.copy(_lib._C.__file__, folder)
 
 
-def tests_of(fault: Fault) -> list[str]:
+def suite_of(fault: Fault) -> list[str]:
     files = ["tests/test_emulation.py", f"tests/ops/test_{fault.op}.py"]
     return [name for name in files if (ROOT / name).exists()]
 
@@ -149,7 +150,7 @@ def run_suite(fault: Fault, folder: Path) -> subprocess.CompletedProcess[str]:
     """The op's emulation tests on the module in ``folder``, up to the first failure."""
     options = ["-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", "-k", "emu or emulation"]
     return subprocess.run(
-        [sys.executable, "-m", "pytest", *options, *tests_of(fault)],
+        [sys.executable, "-m", "pytest", *options, *suite_of(fault)],
         cwd=ROOT,
         env={**os.environ, "PYMEND_NATIVES": str(folder)},
         capture_output=True,
@@ -169,7 +170,7 @@ def check_caught(fault: Fault, folder: Path) -> None:
 @pytest.mark.parametrize("name", FAULTS)
 def test_caught(name, tmp_path):
     fault = FAULTS[name]
-    files = ["tests/test_emulation_catches.py", "tests/tolerances.py", *tests_of(fault)]
+    files = ["tests/test_emulation_catches.py", "tests/tolerances.py", *suite_of(fault)]
     with where_csrc_changed(name.replace(" ", "-"), *files):
         check_caught(fault, tmp_path)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_encoders import data_of, model_of, words
-from test_ke import case, kinds, logits_at, train
+from test_ke import KINDS, case, kinds, logits_at, train
 from test_trainer import SMALL, assert_same_run, log_of, stop_at
 from tiny import (
     assert_close,
@@ -178,14 +179,11 @@ def test_the_models_own_parameters_come_back(kind: str, fails: bool) -> None:
     edit = enn.edit(model, text, data[0])
     own = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
     before = snapshot(model)
-    with traceless(model):
-        try:
-            with edit.applied(model):
-                assert not {id(p) for p in model.parameters()} & set(own.values())
-                if fails:
-                    raise RuntimeError("made up")
-        except RuntimeError as error:
-            assert fails and str(error) == "made up"
+    failure = pytest.raises(KeyError) if fails else nullcontext()
+    with traceless(model), failure, edit.applied(model):
+        assert not {id(p) for p in model.parameters()} & set(own.values())
+        if fails:
+            raise KeyError
     assert {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)} == own
     assert_same_bits(model, before)
 
@@ -240,10 +238,11 @@ def test_a_quantised_model_is_refused() -> None:
 # ---------------------------------------------------------------------------- training, editing
 
 
-@orders
-@kinds
+@pytest.mark.parametrize(
+    ("kind", "second_order"), [*((kind, True) for kind in KINDS), ("gpt2", False)]
+)
 def test_training_lowers_the_loss(kind: str, second_order: bool, tmp_path: Path) -> None:
-    config = replace(SMALL, steps=20, batch_size=12, lr=5e-4, alpha_lr=1e-3, eval_every=30)
+    config = replace(SMALL, steps=12, batch_size=12, lr=1e-3, alpha_lr=1e-3, eval_every=30)
     model, text, data = case(kind)
     run = train(lambda m: tiny_enn(m, second_order=second_order), kind, tmp_path, config)
     before = {k: v.clone() for k, v in run.algorithm.editor.state_dict().items()}
@@ -251,23 +250,20 @@ def test_training_lowers_the_loss(kind: str, second_order: bool, tmp_path: Path)
         trained = run.train()
     log = [x for x in log_of(tmp_path) if "loss" in x]
     losses = [x["loss"] for x in log]
-    assert sum(losses[-5:]) < 0.9 * sum(losses[:5]), losses
+    assert sum(losses[-3:]) < 0.9 * sum(losses[:3]), losses
     assert abs(log[0]["penalty"]) < 1e-6 < log[-1]["penalty"], "the base has moved"
     for name, value in trained.editor.state_dict().items():
         assert not torch.equal(value, before[name]), name
     with traceless(model):
-        metrics = evaluate(trained, model, text, data[:5], batch_size=3, progress=False).to_dict()
-    assert metrics["n"] == 5 and 0 <= metrics["locality"] <= 1
+        metrics = evaluate(trained, model, text, data[:5], batch_size=3, progress=False)
+    outcomes = trained.edit_many(model, text, data[:5]).outcomes
+    assert [r.edit_success for r in metrics.records] == [o.success for o in outcomes]
 
 
-@orders
-def test_resuming_is_exact(second_order: bool, tmp_path: Path) -> None:
-    def made(model: Any) -> Enn:
-        return tiny_enn(model, second_order=second_order)
-
-    train(made, "gpt2", tmp_path / "a", SMALL).train()
-    stop_at(train(made, "gpt2", tmp_path / "b", SMALL), 5)
-    train(made, "gpt2", tmp_path / "b", SMALL, resume=True).train()
+def test_resuming_is_exact(tmp_path: Path) -> None:
+    train(tiny_enn, "gpt2", tmp_path / "a", SMALL).train()
+    stop_at(train(tiny_enn, "gpt2", tmp_path / "b", SMALL), 5)
+    train(tiny_enn, "gpt2", tmp_path / "b", SMALL, resume=True).train()
     assert_same_run(tmp_path / "a", tmp_path / "b")
 
 

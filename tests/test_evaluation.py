@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from pymend.config import CacheConfig, FineTuneConfig
 from pymend.engine.losses import LabelRows
 from pymend.engine.replay import Replay
 from pymend.engine.tokens import IGNORE, Batch, Encoder, Row
-from pymend.evaluation.metrics import interval, mean
+from pymend.evaluation.metrics import RecordScores, interval, mean
 from pymend.evaluation.partial import PartialScores
 from pymend.files import digest_of_tensors
 from pymend.models.structure import find_weights
@@ -484,9 +484,34 @@ def test_an_edit_that_does_nothing_scores_as_the_model_does() -> None:
 def test_means_and_intervals() -> None:
     assert mean([1.0, None, 0.0]) == 0.5 and mean([None]) is None and mean([]) is None
     assert interval([None]) is None and interval([0.25]) == [0.25, 0.25]
-    low, high = interval([0.0, 1.0] * 50)
-    assert 0.38 < low < 0.43 and 0.57 < high < 0.62
-    assert interval([0.0, 1.0, 1.0]) == interval([0.0, 1.0, 1.0])
+    values = [0.0, 1.0] * 200
+    assert_interval(interval(values), 0.5, 0.5 / 400**0.5)
+    torch.manual_seed(1)  # whatever else was drawn
+    assert interval(values) == interval(values)
+
+
+def assert_interval(found: list[float] | None, middle: float, deviation: float) -> None:
+    """The middle 95 % of a normal distribution, up to the draws; 90 % end at 1.64 deviations."""
+    assert found is not None
+    ends = [(x - middle) / deviation for x in found]
+    assert ends == pytest.approx([-1.96, 1.96], abs=0.2)
+
+
+@pytest.mark.parametrize("copies", [1, 4])
+def test_the_interval_of_a_perplexity_drawdown(copies: int) -> None:
+    """Of one token a record and small losses, where exp(x) is 1 + x: it is that of a mean.
+
+    A group of copies is one record.
+    """
+    scores = {f.name: None for f in fields(RecordScores)}
+    texts = [{"text_nll_before": 0.0, "text_nll_after": 1e-6 * (i // copies % 2), "text_tokens": 1}
+             for i in range(400)]  # fmt: skip
+    records = [RecordScores(**{**scores, "edit_success": 1.0, **text}) for text in texts]
+    metrics = Metrics(records, 1, [i // copies for i in range(400)], "made up", 1.0, 1.0, 1)
+    result = metrics.to_dict()
+    assert result["perplexity_drawdown"] == pytest.approx(0.5e-6, rel=1e-4)
+    found = result["intervals_95"]["perplexity_drawdown"]
+    assert_interval(found, 0.5e-6, 0.5e-6 / (400 / copies) ** 0.5)
 
 
 def test_an_interval_resamples_groups_whole() -> None:

@@ -195,17 +195,18 @@ def test_gradients_reach_every_parameter(kind: str, tmp_path: Path) -> None:
 
 @kinds
 def test_training_lowers_the_loss(kind: str, tmp_path: Path) -> None:
-    config = replace(SMALL, steps=40, batch_size=12, lr=1e-2, eval_every=50)
+    config = replace(SMALL, steps=16, batch_size=12, lr=2e-2, eval_every=50)
     run = train(tiny_ke, kind, tmp_path, config)
     model, text, data = case(kind)
     with traceless(run.model):
         trained = run.train()
     losses = [x["loss"] for x in log_of(tmp_path) if "loss" in x]
-    assert sum(losses[-5:]) < 0.95 * sum(losses[:5]), losses
+    assert sum(losses[-3:]) < 0.95 * sum(losses[:3]), losses
     assert "alpha" not in log_of(tmp_path)[0]
     with traceless(model):
-        metrics = evaluate(trained, model, text, data[:5], batch_size=3, progress=False).to_dict()
-    assert metrics["n"] == 5 and 0 <= metrics["locality"] <= 1
+        metrics = evaluate(trained, model, text, data[:5], batch_size=3, progress=False)
+    outcomes = trained.edit_many(model, text, data[:5]).outcomes
+    assert [r.edit_success for r in metrics.records] == [o.success for o in outcomes]
 
 
 def test_resuming_is_exact(tmp_path: Path) -> None:

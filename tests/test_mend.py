@@ -19,6 +19,7 @@ from tiny import (
     gpt2,
     llama,
     load_reference_params,
+    logits_of,
     official_name,
     random_episodes,
     reference_batch,
@@ -260,6 +261,44 @@ def test_only_rows_of_an_edit_shape_its_own_gradient() -> None:
             assert_close(together.nll[i], alone.nll[0], "nll", 1e-12)
             assert_close(together.kl[i], alone.kl[0], "kl", 1e-12)
     assert [net.moments.count.item() for net in mend.editor.nets.values()] == count
+
+
+def test_scores_of_episodes_are_those_of_plain_calls() -> None:
+    """Of the edited model, an episode's share of exact matches; of locality, of equal positions."""
+    model = gpt2(dtype=f64)
+    mend = seasoned_mend(model, alpha=0.01, n_edits=2)
+    # Half of the rephrases are random rows, which the edits hardly reach.
+    episodes = [
+        Episode(e.edits, (e.edits[0], e.rephrases[1]), e.locality) for e in random_episodes(12, 2)
+    ]
+
+    def best(rows: tuple[Row, ...]) -> list[list[int]]:
+        logits = logits_of(model, rows)
+        return [logits[i, list(r.positions())].argmax(-1).tolist() for i, r in enumerate(rows)]
+
+    def exact(rows: tuple[Row, ...]) -> float:
+        return sum(x == r.targets() for x, r in zip(best(rows), rows, strict=True)) / len(rows)
+
+    with frozen(model), torch.no_grad():
+        replay = Replay(model, mend.weights)
+        scores = run_episodes(mend, replay, episodes, "both", merge=False)
+        edits = mend.differentiable(replay, [r for e in episodes for r in e.edits], 12, False)
+    wanted: list[tuple[float, float, float]] = []
+    parts = 0
+    for i, e in enumerate(episodes):
+        before = [x for row in best(e.locality) for x in row]
+        with edits[i].applied(model):
+            after = [x for row in best(e.locality) for x in row]
+            same = sum(a == b for a, b in zip(before, after, strict=True)) / len(before)
+            wanted.append((exact(e.edits), exact(e.rephrases), same))
+            found = zip(best((*e.edits, *e.rephrases)), (*e.edits, *e.rephrases), strict=True)
+            parts += sum(x != r.targets() and set(x) & set(r.targets()) != set() for x, r in found)
+    columns = zip(*wanted, strict=True)
+    for own, column in zip(
+        (scores.edit_success, scores.generality, scores.locality), columns, strict=True
+    ):
+        assert own.tolist() == pytest.approx(column) and len(set(column)) > 1
+    assert parts, "some answers are right in part only"
 
 
 # ------------------------------------------------------------------------- recorded outputs

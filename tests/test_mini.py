@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from pymend.zoo.lessons import Course, lessons
 from pymend.zoo.load import load
 
 KINDS = tuple(mini.RECIPES)
-# Enough to learn one fact of every relation.
+# Enough to learn a few facts.
 WIDTHS = {
     "bart-mini": {"d_model": 64, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128},
     "t5-mini": {"d_model": 32, "d_kv": 8, "d_ff": 64},
@@ -55,6 +56,21 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Models of seed 0, made once; tests read them only."""
+    folder = tmp_path_factory.mktemp("made")
+
+    @lru_cache
+    def make(name: str) -> Path:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PYMEND_CACHE", str(folder))
+            patch.setattr(mini, "RECIPES", {name: tiny(name) for name in KINDS})
+            return mini.make(name, progress=False)
+
+    return make
+
+
 def saved(place: Path, name: str) -> tuple[Any, Any]:
     auto = getattr(transformers, mini.RECIPES[name].auto)
     return auto.from_pretrained(place).eval(), AutoTokenizer.from_pretrained(place)
@@ -69,9 +85,9 @@ def course(name: str, tokenizer: Any = None) -> Course:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_what_is_saved_is_what_was_trained(name: str, cache: Path) -> None:
-    place = mini.make(name, progress=False)
-    assert place == cache / f"{name}-v{mini.RECIPES[name].edition}"
+def test_what_is_saved_is_what_was_trained(name: str, made: Callable[[str], Path]) -> None:
+    place = made(name)
+    assert place.name == f"{name}-v{mini.RECIPES[name].edition}"
     model, tokenizer = saved(place, name)
     card = mini.card(place)
     assert card["model"] == name and card["steps"] == 12 and card["facts"] == 29
@@ -86,34 +102,35 @@ def test_what_is_saved_is_what_was_trained(name: str, cache: Path) -> None:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_the_same_seed_gives_the_same_bits(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
+    name: str, cache: Path, made: Callable[[str], Path]
 ) -> None:
-    files = []
-    for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
-        monkeypatch.setenv("PYMEND_CACHE", str(tmp_path / folder))
-        torch.manual_seed(len(folder) + len(files))  # a caller's own state
+    places = [made(name)]
+    for seed in (0, 1):
+        torch.manual_seed(5)  # a caller's own state
         state = torch.get_rng_state()
-        place = mini.make(name, seed, progress=False)
+        places.append(mini.make(name, seed, progress=False))
         assert torch.equal(torch.get_rng_state(), state)
-        kept = ("model.safetensors", "tokenizer.json", "config.json")
-        files.append([(place / file).read_bytes() for file in kept])
+    assert places[0] != places[1] == mini.folder(name) and places[1].parent == cache
+    kept = ("model.safetensors", "tokenizer.json", "config.json")
+    files = [[(place / file).read_bytes() for file in kept] for place in places]
     assert files[0] == files[1]
     assert files[0][0] != files[2][0] and files[0][1:] == files[2][1:]
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_facts_are_learned(name: str) -> None:
-    """From nothing to 29 facts, on seen wordings."""
+def test_facts_are_learned(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From nothing to eight facts, on seen wordings."""
+    monkeypatch.setattr(mini, "lessons", lambda *which: lessons(*which)[:8])
     rate = 2 * mini.RECIPES[name].lr
-    recipe = replace(tiny(name), steps=1000, lr=rate, warmup=50, batch=16, check=25, bar=0.9)
+    recipe = replace(tiny(name), steps=600, lr=rate, warmup=20, batch=16, check=20, bar=0.85)
     model, _, card = mini.train(recipe, progress=False)
-    assert card["known"]["seen"] >= 0.9 and card["steps"] < 1000  # of 116 rows or so
+    assert card["known"]["seen"] >= 0.85 and card["steps"] < 600 and card["facts"] == 8
     assert not model.training and all(p.requires_grad for p in model.parameters())
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_tokenizer_and_frame(name: str, cache: Path) -> None:
-    model, tokenizer = saved(mini.make(name, progress=False), name)
+def test_tokenizer_and_frame(name: str, made: Callable[[str], Path]) -> None:
+    model, tokenizer = saved(made(name), name)
     text = "Question: Who painted Ceci n'est pas une pipe?"
     ids = tokenizer(text).input_ids
     before, after = {
@@ -126,6 +143,11 @@ def test_tokenizer_and_frame(name: str, cache: Path) -> None:
     inner = tokenizer(text, add_special_tokens=False).input_ids
     assert tokens == [*before, *tokenizer.convert_ids_to_tokens(inner), *after]
     assert tokenizer.decode(inner) == text
+    row = Encoder.for_model(model, tokenizer).row(text, "false")
+    if name == "gpt2-mini":  # one text
+        assert row.ids == tuple(tokenizer(f"{text} false").input_ids)
+    else:
+        assert row.prefix == tuple(ids)
     for role in {"bos", "eos", "pad"} & set(mini.RECIPES[name].special):
         own = getattr(model.config, f"{role}_token_id")
         assert own == getattr(tokenizer, f"{role}_token_id")

@@ -194,7 +194,10 @@ def test_a_head_of_another_class_is_named() -> None:
         find_weights(model, ("paper",))
 
 
-def test_the_command_lists_models(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_lists_models(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")  # a name on each line
     assert main(["models", "list", "google/t5-xl-ssm-nq", "microsoft/phi-2"]) == 0
     lines = capsys.readouterr().out.splitlines()
     first, last = lines[2].split(), lines[6].split()

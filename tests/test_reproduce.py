@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache, partial
 from itertools import product
@@ -32,6 +33,7 @@ from pymend.reproduce import costs, data, figures, runs, tables
 from pymend.reproduce.plan import SCALES, VARIANTS, Run, Scale, Setup, load_scale
 from pymend.reproduce.runs import RunContext, perform
 from pymend.zoo import mini
+from pymend.zoo.load import locate
 
 TRAIN = {"steps": 3, "batch_size": 2, "lr": 1e-4, "keep": "last", "eval_records": 4}
 PAPER = {"zsre": "BART-base, zsRE", "wikitext": "distilGPT-2, Wikitext"}
@@ -183,6 +185,7 @@ def test_all_tables_of_a_scale(
     for name in ("_trained", "_thresholds", "_scores"):
         monkeypatch.setattr(runs._Bench, name, refuse)
     monkeypatch.setattr(costs, "_measure", refuse)
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda _, path, **__: path.touch())
     before = four
     assert reproduce(scale_file, "all") == 0
     assert (output / "table4.md").read_text() == before
@@ -647,17 +650,21 @@ def test_models_are_made_side_by_side(
     assert asked == {"bart-mini": ("bart-mini", True), "jobs": 1}
 
 
-def test_work_in_processes() -> None:
-    """Results by key; what is wrong with what the user gave is told as if it were found here."""
-    asked = {n: (n,) for n in ("gpt2-mini", "t5-mini", "x")}
-    answers = runs.in_processes(mini.folder, asked, 1, "ieee")
-    assert [next(answers) for _ in range(2)] == [(n, mini.folder(n)) for n in list(asked)[:2]]
+def test_answers_and_errors_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results by key; what is wrong with what the user gave is told as if it were found here.
+
+    In threads: real processes, which import torch anew, are those of the tests above.
+    """
+    monkeypatch.setattr(runs, "ProcessPoolExecutor", ThreadPoolExecutor)
+    monkeypatch.setattr(runs, "start", lambda threads, matmul: None)
+    asked = {n: (n,) for n in ("no model", "neither", "nor this")}
+    assert dict(runs.in_processes(locate, asked, 2, "ieee")) == {n: n for n in asked}
     with pytest.raises(ValueError, match="no model is called 'x'") as caught:
-        next(answers)
+        list(runs.in_processes(mini.folder, {"x": ("x",)}, 1, "ieee"))
     assert meant_for_user(caught.value)
-    # What is not is raised over there, with the place where it happened.
-    with pytest.raises(TypeError):
-        runs._answer(mini.folder, ())
+    with pytest.raises(json.JSONDecodeError) as bug:
+        list(runs.in_processes(json.loads, {"x": ("{",)}, 1, "ieee"))
+    assert not meant_for_user(bug.value)
 
 
 def test_what_is_missing_is_said_first(
@@ -742,7 +749,7 @@ def test_the_papers_numbers_can_be_read() -> None:
         (["table7"], "has no 'table7'; choose all, or of table3"),
         (["table4", "--scale", "nano"], "no scale 'nano'; choose one of mini, smollm2, paper"),
         (["all", "table12"], "has no 'table12'; choose all, or of table3"),
-        (["table4", "--jobs", "0"], "jobs is 0; it must be at least 1"),
+        (["table4", "--jobs", "0"], "--jobs is 0; it must be at least 1"),
     ],
 )
 def test_what_is_refused(

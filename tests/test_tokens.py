@@ -93,6 +93,30 @@ def test_prompt_and_target_are_joined_with_one_bos(bos: bool) -> None:
     assert [row.ids[t] for t in row.positions()] == list(ids(B, C))
 
 
+def byte_level() -> PreTrainedTokenizerFast:
+    """A tokenizer to which a word behind a space is another one than at the start."""
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    inner.train_from_iterator([f"{w} {w}" for w in WORDS] * 2, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="!", pad_token="!")
+
+
+def test_one_space_stands_between_prompt_and_target() -> None:
+    text = byte_level()
+    (behind,), (alone,) = text(f" {B}").input_ids, text(B).input_ids
+    assert behind != alone
+    row = Encoder(text).row(A, B)
+    assert row.ids == tuple(text(f"{A} {B}").input_ids) and row.targets() == [behind]
+    # Behind a turn of a chat, and at the start of a decoder, stands none.
+    text.chat_template = "{{ messages[0].content }}:"
+    assert Encoder(text, chat=True).row(A, B).targets() == [alone]
+    assert SequenceEncoder(text, 0, start=5).row(A, B).targets() == [alone, text.eos_token_id]
+
+
 @pytest.mark.parametrize("bos", [False, True])
 def test_without_a_target_every_position_counts(bos: bool) -> None:
     row = Encoder(tokenizer(bos)).row(f"{A} {B}")

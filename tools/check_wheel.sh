@@ -16,6 +16,11 @@ fail() { echo "wheel-check failed: $*" >&2; exit 1; }
 
 wheels=(dist/pymend_editor-*-cp310-abi3-*.whl)
 [[ -f ${wheels[0]} && ${#wheels[@]} == 1 ]] || fail "expected one wheel in dist/, found: ${wheels[*]}"
+contents=$("$PYTHON" -m zipfile -l "${wheels[0]}")
+for file in _C.abi3.so py.typed data/facts.json presets/default.yaml presets/models.json reproduce/mini.yaml; do
+  grep -q "^pymend/$file " <<<"$contents" || fail "the wheel lacks pymend/$file"
+done
+if grep -q -e '^tests/' -e '_emu' <<<"$contents"; then fail "the wheel holds tests"; fi
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 # The tests alone, so that nothing but the installed package can be imported as pymend.

@@ -19,7 +19,7 @@ from pymend.engine.hooks import frozen
 from pymend.engine.losses import hits_rows, mean_of_seen
 from pymend.engine.replay import Replay
 from pymend.engine.tokens import Chat, Encoder, Row, settled
-from pymend.models.structure import EditedWeight
+from pymend.models.structure import EditedWeight, unwrapped
 
 E = TypeVar("E", bound=BaseEdit)
 A = TypeVar("A", bound="Algorithm[Any]")
@@ -168,6 +168,7 @@ class Algorithm(ABC, Generic[E]):
             raise ValueError("no request to edit; give at least one")
         if joint:
             self.expect(len(requests))
+        model = unwrapped(model)
         encoder = Encoder.for_model(model, tokenizer, self.chat_for(chat))
         rows = [encoder.row(r.prompt, r.target, r.joint) for r in requests]
         known = self.prepare(model)

@@ -27,7 +27,7 @@ from pymend.engine.hooks import forward_hooks
 from pymend.engine.replay import Replay
 from pymend.engine.tokens import IGNORE, Row
 from pymend.errors import NonFiniteError
-from pymend.models.structure import EditedWeight, find_blocks, find_weights, stacks
+from pymend.models.structure import EditedWeight, find_blocks, find_weights, module_of, stacks
 
 
 class OutputEdit(BaseEdit):
@@ -185,7 +185,7 @@ def rewriting(model: nn.Module, rewrite: Callable[[Tensor, Tensor], Tensor]) -> 
         if settings is not None:
             stack.callback(setattr, settings, "use_cache", settings.use_cache)
             settings.use_cache = False
-        stack.enter_context(forward_hooks({model.get_submodule(trunk): keep}))
+        stack.enter_context(forward_hooks({module_of(model, trunk): keep}))
         stack.enter_context(forward_hooks({model: change}))  # may be the same module
         yield
 

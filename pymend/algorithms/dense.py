@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pymend.edit import BaseEdit, Outcome, check_fingerprint, split_episodes
 from pymend.engine.hooks import first_input, forward_hooks
 from pymend.errors import NonFiniteError
-from pymend.models.structure import EditedWeight, weight_of
+from pymend.models.structure import EditedWeight, module_of, weight_of
 
 
 class DenseEdit(BaseEdit):
@@ -53,7 +53,7 @@ class DenseEdit(BaseEdit):
             ValueError: another model, non-finite residuals, or a batch that does not split.
         """
         self.check(model)
-        with forward_hooks({model.get_submodule(w.module): self._hook(w) for w in self.weights}):
+        with forward_hooks({module_of(model, w.module): self._hook(w) for w in self.weights}):
             yield model
 
     def _hook(self, weight: EditedWeight) -> Any:

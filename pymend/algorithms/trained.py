@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 import warnings
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -83,7 +84,8 @@ class Trainable(Algorithm[E]):
         """
         config = config or cls.config_type()
         weights = find_weights(model, config.edit, config.blocks)
-        made: A = cls(config, weights, **cls.sizes_of(model))
+        with float32():
+            made: A = cls(config, weights, **cls.sizes_of(model))
         made.model_fingerprint = fingerprint(model, weights)
         made.editor.to(next(model.parameters()).device)
         return made
@@ -221,7 +223,8 @@ class Trainable(Algorithm[E]):
         try:
             config = from_json(cls.config_type, description["config"], str(path / "editor.json"))
             weights = [EditedWeight(**w) for w in description["weights"]]
-            loaded: A = cls(config, weights, **description.get("sizes", {}))
+            with float32():
+                loaded: A = cls(config, weights, **description.get("sizes", {}))
             loaded.model_fingerprint = description["model_fingerprint"]
             loaded.chat = description.get("chat")  # files of before say nothing
         except (KeyError, TypeError) as error:
@@ -229,6 +232,17 @@ class Trainable(Algorithm[E]):
         load_state(loaded.editor, tensors, path / "editor.safetensors")
         loaded.editor.to(device)
         return loaded
+
+
+@contextmanager
+def float32() -> Iterator[None]:
+    """New parameters are in float32 inside: in a half precision a training step moves few."""
+    former = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(former)
 
 
 def kind_of(description: Mapping[str, Any]) -> str:

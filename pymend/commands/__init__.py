@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -31,6 +32,14 @@ class Group(TyperGroup):
         """Parse; without a word, as if help was asked for."""
         usual = [] if self.invoke_without_command else ["--help"]
         return super().parse_args(ctx, args or usual)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command that ``args`` begin with."""
+        if args[0] not in self.commands:
+            known = ", ".join(self.commands)
+            meant = did_you_mean(args[0], self.commands)
+            ctx.fail(f"there is no command {args[0]!r}; choose one of {known}{meant}")
+        return super().resolve_command(ctx, args)
 
 
 def group(**options: Any) -> typer.Typer:
@@ -105,15 +114,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except typer.Exit as end:
         return end.exit_code
     except KeyboardInterrupt as stop:
-        print(f"\npymend: {str(stop) or 'interrupted'}", file=sys.stderr)
+        print(f"\npymend: {_told(stop) or 'interrupted'}", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever reads the output has seen enough, as head has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except Exception as error:
-        if isinstance(error, BrokenPipeError) and _unread():
-            return 141
         if hasattr(error, "format_message"):  # of typer: what was typed
             message = f"{_mistake(error)} (see {_help(command, words)})"
         elif meant_for_user(error):
-            message = str(error).replace("pass resume", "pass --resume")
+            message = _told(error)
         else:
             raise
         print(f"pymend: error: {message}", file=sys.stderr)
@@ -121,14 +131,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _unread() -> bool:
-    """Whether the reader of the output has gone, as ``head`` does; if so, be quiet from now on."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+def _told(error: BaseException) -> str:
+    """What a module says, in the words of the command line."""
+    return re.sub(r"\b(pass|with) resume\b", r"\1 --resume", str(error))
 
 
 def _mistake(error: Any) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from pymend.commands.settings import Flag, Machine
+from pymend.errors import did_you_mean
 from pymend.reproduce.plan import COSTS, SCALES, TABLES, Run, Scale, load_scale
 
 if TYPE_CHECKING:
@@ -32,9 +33,9 @@ def reproduce(
     names = list(dict.fromkeys(asked))
     for name in names:
         if name not in plan.tables:
-            raise ValueError(
-                f"scale {plan.name} has no {name!r}; choose all, or of {', '.join(plan.tables)}"
-            )
+            known = ", ".join(plan.tables)
+            meant = did_you_mean(name, plan.tables)
+            raise ValueError(f"scale {plan.name} has no {name!r}; choose all, or of {known}{meant}")
 
     import torch
 

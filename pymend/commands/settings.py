@@ -82,8 +82,8 @@ class Machine:
 
         from pymend.zoo.load import load
 
-        quiet.set_verbosity_error()  # type: ignore[no-untyped-call]
-        quiet.disable_progress_bar()  # type: ignore[no-untyped-call]
+        quiet.set_verbosity_error()
+        quiet.disable_progress_bar()
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # not every retry
         if self.threads is not None:
             torch.set_num_threads(self.threads)

@@ -73,14 +73,21 @@ def train(
 
     from pymend.algorithms.registry import trainable
     from pymend.files import replacing, writable_dir
+    from pymend.models.structure import left_out
     from pymend.report.plots import learning_curves
+    from pymend.report.tables import blockwise
     from pymend.training.trainer import Trainer
 
     writable_dir(output, make=False)
     loaded, tokenizer = machine.load(model.model)
     torch.manual_seed(training.seed)
     made = trainable(algorithm).from_config(loaded, settings)
-    logger.info("editing %s", ", ".join(w.name for w in made.weights))
+    logger.info("editing %s", ", ".join(blockwise([w.name for w in made.weights])))
+    why: dict[str, list[str]] = {}
+    for name, reason in left_out(loaded, made.weights).items():
+        why.setdefault(reason, []).append(name)
+    beside = [f"{', '.join(blockwise(names))} ({reason})" for reason, names in why.items()]
+    logger.info("left out of the same blocks: %s", "; ".join(beside) or "nothing")
     folder = writable_dir(output)
     trainer = Trainer(
         made,

@@ -20,12 +20,12 @@ from torch.linalg import vector_norm
 
 from pymend.engine.hooks import first_input, forward_hooks
 from pymend.errors import NonFiniteError
-from pymend.models.structure import EditedWeight, weight_of
+from pymend.models.structure import EditedWeight, module_of, weight_of
 
 # Of the largest row of a weight in an episode: what is not above is the rounding of a zero. A key
 # that attends to itself alone has one: its gradient is a difference of equal sums.
 LIVE = {
-    dtype: torch.finfo(dtype).eps * (4 if dtype.itemsize > 2 else 1 / 8)
+    dtype: torch.finfo(dtype).eps * (128 if dtype.itemsize > 2 else 1 / 8)
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 }
 HALF_SCALE = 2.0**10  # keeps small float16 deltas above underflow; a power of two, so exact
@@ -66,9 +66,10 @@ class Tape:
                 whole = len(x) in (flat if x.dim() == 2 else count)
                 if not whole:
                     raise ValueError(
-                        f"the module of {name} is given {tuple(x.shape)}, not text after text (as "
-                        "experts and layers that put time first are), so edits would be mixed; edit facts one "
-                        "by one (training: accumulate as large as batch_size), or other weights"
+                        f"the module of {name} is given {tuple(x.shape)}, not text after text, as "
+                        "experts and layers that put time first are, so edits would be mixed; edit "
+                        "facts one by one (training: accumulate as large as batch_size), or other "
+                        "weights"
                     )
 
     def backward(
@@ -102,6 +103,11 @@ class Tape:
         if shapes and episodes > 1:
             self._check_whole(shapes)
         scale = HALF_SCALE if any(p.dtype == torch.float16 for p in probes) else 1.0
+        if not loss.requires_grad:
+            raise ValueError(
+                f"what the model says cannot be differentiated at the output of "
+                f"{self.weights[0].name}; edit other weights, or another model"
+            )
         with torch.enable_grad():
             found = torch.autograd.grad(
                 loss * scale, probes, create_graph=self.second_order, allow_unused=True
@@ -181,6 +187,6 @@ def capture(
     for weight in weights:
         weight_of(model, weight)
     tape = Tape(weights, second_order)
-    hooks = {model.get_submodule(w.module): partial(tape.record, w.name) for w in weights}
+    hooks = {module_of(model, w.module): partial(tape.record, w.name) for w in weights}
     with torch.enable_grad(), forward_hooks(hooks):
         yield tape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -23,12 +24,23 @@ class Call(NamedTuple):
 
 
 @contextmanager
+def _eager() -> Iterator[None]:
+    """Compiled models run as they are written, or they would not see what is hooked or patched."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it takes seconds
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@contextmanager
 def forward_hooks(hooks: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     """Let every module run its hook on (module, args, kwargs, output) inside.
 
     What a hook returns takes the place of the output, unless it is None.
     """
     with ExitStack() as stack:
+        stack.enter_context(_eager())
         for module, hook in hooks.items():
             stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
         yield
@@ -134,7 +146,8 @@ def forwards(methods: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     try:
         for module, forward in methods.items():
             module.forward = forward
-        yield
+        with _eager():
+            yield
     finally:
         for module, method in former.items():
             if method is None:

@@ -22,7 +22,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from pymend.engine.hooks import changed_input, forward_hooks, forwards, is_plain, watch
 from pymend.engine.losses import LabelRows, class_logits
 from pymend.engine.tokens import Batch, Row, padding_of, stacked
-from pymend.models.structure import EditedWeight, lowest_block, stacks
+from pymend.models.structure import EditedWeight, lowest_block, module_of, stacks
 
 PASS_TOKENS = 64  # padding that costs a CPU about as much as another pass
 TRIED_TOKENS = 8  # of the longer of two rows
@@ -30,10 +30,11 @@ GROUP_TOKENS = 2048  # tokens of one prefix pass; more gains nothing, and memory
 
 
 class Verdict(NamedTuple):
-    """What a trial of a model showed: why it has no frozen prefix, why it takes no mixed batch."""
+    """What a trial of a model showed, with the reasons; nothing where all is well."""
 
-    prefix: str
-    mixed: str
+    prefix: str = ""  # why none can be kept
+    mixed: str = ""  # why rows of unequal length go apart
+    head: str = ""  # why it gets whole rows
 
 
 # Of every model, by the number of blocks below the cut.
@@ -63,7 +64,7 @@ class Replay:
         parts = stacks(model)
         self._encoder = next(iter(parts.values())) if len(parts) > 1 else None
         head = model.get_output_embeddings()  # type: ignore[operator]
-        edited = {model.get_submodule(w.module) for w in weights}
+        edited = {module_of(model, w.module) for w in weights}
         # An edited head needs whole rows: factors and edits go by the rows of the batch.
         self._head: nn.Module | None = None if head in edited else head
         self._last = False  # whether what the head returns is what the model returns
@@ -122,17 +123,19 @@ class Replay:
         known = _verdicts.setdefault(self.model, {})
         if self.cut not in known:
             known[self.cut] = self._tried(rows)
-            for part, reason in known[self.cut]._asdict().items():
-                if reason and part == "prefix":
-                    warnings.warn(
-                        f"{type(self.model).__name__} keeps no frozen prefix ({reason}); every "
-                        "pass runs the whole model",
-                        stacklevel=4,
-                    )
+            reason = known[self.cut].prefix
+            if reason:
+                warnings.warn(
+                    f"{type(self.model).__name__} keeps no frozen prefix ({reason}); every pass "
+                    "runs the whole model",
+                    stacklevel=4,
+                )
         verdict = known[self.cut]
         self._mixed = verdict.mixed
         if verdict.prefix:
             self.cut = 0
+        if verdict.head:
+            self._head = None
 
     @torch.no_grad()
     def _tried(self, rows: Sequence[Row]) -> Verdict:
@@ -140,24 +143,29 @@ class Replay:
         longest = max(rows, key=lambda r: len(r.prefix))
         size = min(len(longest.prefix), TRIED_TOKENS)
         if size < 3:
-            return Verdict("", "")
+            return Verdict()
         pair = [longest.part(size), longest.part(size - 2)]
         live = Replay(self.model, self.weights, prefix=False)
-        live._mixed = ""
-        alone = [live._said([row]) for row in pair]
+        live._mixed = head = ""
+        try:
+            alone = [live._said([row]) for row in pair]
+        except (IndexError, RuntimeError, ValueError) as error:  # of a head that wants whole rows
+            live._head, head = None, type(error).__name__
+            alone = [live._said([row]) for row in pair]
         if not all(x.isfinite().all() for x in alone):
-            return Verdict("", "")  # whoever uses what it says will refuse it
+            return Verdict()  # whoever uses what it says will refuse it
         mixed = _differs(lambda: live._said(pair), torch.cat(alone), "padding changes what it says")
         if self.cut == 0:
-            return Verdict("", mixed)
+            return Verdict(mixed=mixed, head=head)
         trial = Replay(self.model, self.weights)
-        trial._mixed = ""
+        trial._mixed, trial._head = "", live._head
 
         def replayed() -> Tensor:
             trial.load(pair)
             return torch.cat([trial._said([row]) for row in pair])
 
-        return Verdict(_differs(replayed, torch.cat(alone), "its answers would change"), mixed)
+        prefix = _differs(replayed, torch.cat(alone), "its answers would change")
+        return Verdict(prefix, mixed, head)
 
     def _said(self, rows: Sequence[Row]) -> Tensor:
         """Logits at the label positions of ``rows``."""

@@ -25,6 +25,7 @@ from pymend.errors import NonFiniteError
 from pymend.evaluation.metrics import Metrics, RecordScores, mean
 from pymend.evaluation.partial import PartialScores
 from pymend.files import digest, digest_of_tensors
+from pymend.models.structure import unwrapped
 from pymend.ops.token_losses import TokenLosses
 from pymend.progress import tqdm
 
@@ -75,6 +76,7 @@ def evaluate(
         raise ValueError(f"{name} is {min(batch_size, n_edits)}; it must be at least 1")
     if len(data) < n_edits:
         raise ValueError(f"{len(data)} records to evaluate; give at least {n_edits}")
+    model = unwrapped(model)
     encoder = Encoder.for_model(model, tokenizer, algorithm.chat_for(chat))
     algorithm.prepare(model)
     algorithm.expect(n_edits)

@@ -18,13 +18,18 @@ from pymend.files import atomic_dir, empty_dir, write_tensors
 
 
 def write_adapter(
-    folder: str | Path, layers: Mapping[str, tuple[Tensor, Tensor]], transposed: bool
+    folder: str | Path,
+    layers: Mapping[str, tuple[Tensor, Tensor]],
+    transposed: bool,
+    base: str = "",
+    task: str = "",
 ) -> None:
     """Write a LoRA adapter that ``peft.PeftModel.from_pretrained`` loads.
 
     Args:
         layers: by the name of a linear layer, A [n, in] and B^T [n, out] of its change B A; n may
             differ from layer to layer.
+        base, task: names of the model and, for PEFT, of its task; "" if unknown.
         transposed: some weight is in GPT-2's ``Conv1D`` layout.
 
     Raises:
@@ -39,8 +44,8 @@ def write_adapter(
         tensors[f"base_model.model.{name}.lora_B.weight"] = pad(b, missing).t()
     config = {
         "peft_type": "LORA",
-        "task_type": None,
-        "base_model_name_or_path": None,
+        "task_type": task or None,
+        "base_model_name_or_path": base or None,
         "r": rank,
         "lora_alpha": rank,
         "lora_dropout": 0.0,

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import product
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -38,22 +41,99 @@ class EditedWeight:
         return self.a, self.b
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model in the wrappers of ``torch.compile``, DistributedDataParallel and PEFT.
+
+    Raises:
+        ValueError: it has a PEFT adapter that is more than layers in its place, as prompts are.
+    """
+    outer: Any = model
+    while True:
+        if "_orig_mod" in outer._modules:  # torch.compile
+            outer = outer._orig_mod
+        elif isinstance(outer, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            outer = outer.module
+        elif hasattr(outer, "get_base_model"):  # PEFT
+            if any(c.is_prompt_learning for c in outer.peft_config.values()):
+                raise ValueError(
+                    "this model carries a PEFT adapter of prompts, beside which an edit would not "
+                    "act as it was computed; remove the adapter"
+                )
+            outer = outer.get_base_model()
+        else:
+            inner: nn.Module = outer
+            return inner
+
+
+def module_of(model: nn.Module, path: str) -> nn.Module:
+    """The module at ``path``; of a layer that carries an adapter of PEFT, the layer itself.
+
+    Raises:
+        AttributeError: there is none.
+    """
+    module: nn.Module = unwrapped(model).get_submodule(path)
+    base = getattr(module, "base_layer", None)
+    return base if isinstance(base, nn.Module) else module
+
+
 def _matrices(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module, int, int]]:
-    """Name, module, in and out features of every linear layer below ``module``."""
+    """Name, module, in and out features of every linear layer below ``module``.
+
+    A layer with an adapter of PEFT goes by its own name; the adapter's matrices are none.
+    """
+    adapted: set[str] = set()
     for name, child in module.named_modules(prefix=prefix):
+        if isinstance(getattr(child, "base_layer", None), nn.Module):
+            adapted.add(f"{name}.")
+            child = cast(nn.Module, child.base_layer)
+        elif any(name.startswith(path) for path in adapted):
+            continue
         if isinstance(child, nn.Linear):
             yield name, child, child.in_features, child.out_features
         elif isinstance(child, Conv1D):
             yield name, child, child.nx, child.nf
 
 
+def _experts(block: nn.Module, prefix: str) -> list[str]:
+    """The parameters of a block that hold a matrix for every expert."""
+    return [
+        f"{name}.{key}"
+        for name, module in block.named_modules(prefix=prefix)
+        if not isinstance(module, nn.modules.conv._ConvNd)
+        for key, p in module._parameters.items()
+        if p is not None and p.dim() == 3 and min(p.shape) > 1
+    ]
+
+
+def _holds_experts(block: nn.Module) -> bool:
+    """Whether some module of a block has the ways up and down of experts as two parameters."""
+    for module in block.modules():
+        shapes = [p.shape for p in module._parameters.values() if p is not None and p.dim() == 3]
+        for (count, *up), (same, a, b) in product(shapes, shapes):
+            if count == same and {*up} in ({2 * a, b}, {2 * b, a}):
+                return True
+    return False
+
+
 def _mlp_names(block: nn.Module, prefix: str) -> list[str]:
     """The layers between the residual stream and the block's widest hidden layer.
 
-    A way up leads from d features to f > d, or to 2f where gate and up are one matrix, and the way
-    down from f to d. The other such pairs are attention's, which are narrower.
+    A way up leads from d features to f, or to 2f where gate and up are one matrix, and the way down
+    from f to d. They stand alone in their module: one or two ways up and one down. Where none do,
+    as in BERT, the MLP is the widest of the pairs with f > d in the whole block; not if the block
+    has experts whose matrices are in one parameter, since then such a pair is attention's.
     """
     layers = [(name, a, b) for name, _, a, b in _matrices(block, prefix)]
+    modules: dict[str, list[tuple[str, int, int]]] = {}
+    for layer in layers:
+        modules.setdefault(layer[0].rpartition(".")[0], []).append(layer)
+    mlps: dict[int, list[str]] = {}
+    for inside in modules.values():
+        for f in _hidden(inside) if len(inside) <= 3 else ():
+            if sum(a == f for _, a, _ in inside) == 1:
+                mlps.setdefault(f, []).extend(name for name, *_ in inside)
+    if mlps or _experts(block, prefix):
+        return mlps[max(mlps)] if mlps else []
     shapes = {(a, b) for _, a, b in layers}
     ups = {(f, d): (d, f) if (d, f) in shapes else (d, 2 * f) for f, d in shapes if f > d}
     pairs = [(down, up) for down, up in ups.items() if up in shapes]
@@ -62,37 +142,57 @@ def _mlp_names(block: nn.Module, prefix: str) -> list[str]:
     return [name for name, a, b in layers if (a, b) in mlp]
 
 
+def _hidden(layers: Sequence[tuple[str, int, int]]) -> list[int]:
+    """The f for which all of ``layers`` are a way up d -> f or d -> 2f, or the way down f -> d."""
+    shapes = {(a, b) for _, a, b in layers}
+    return [f for f, d in shapes if f != d and shapes in ({(f, d), (d, f)}, {(f, d), (d, 2 * f)})]
+
+
 def find_blocks(part: nn.Module, prefix: str = "") -> tuple[str, nn.ModuleList]:
     """A transformer's list of blocks: the longest one whose members hold an MLP, and its path.
 
+    Where there is none, as with experts only, the longest whose members hold a linear layer.
+
     Raises:
-        ValueError: there is none.
+        ValueError: there is none either.
     """
-    found: tuple[str, nn.ModuleList] | None = None
-    for name, module in part.named_modules(prefix=prefix):
-        if found and name.startswith(f"{found[0]}."):
-            continue  # T5's blocks hold lists themselves
-        longer = isinstance(module, nn.ModuleList) and len(module) > len(found[1] if found else ())
-        if longer and _mlp_names(module[-1], ""):
-            found = name, module
-    if found is None:
-        raise ValueError(
-            f"{type(part).__name__} has no list of blocks with MLP matrices; "
-            "name the weights to edit"
-        )
-    return found
+    lists = [(n, m) for n, m in part.named_modules(prefix=prefix) if isinstance(m, nn.ModuleList)]
+    for holds in (_mlp_names, lambda block, _: [*_matrices(block)]):
+        found: tuple[str, nn.ModuleList] | None = None
+        for name, module in lists:
+            if found and name.startswith(f"{found[0]}."):
+                continue  # T5's blocks hold lists themselves
+            longer = len(module) > len(found[1] if found else ())
+            if longer and any(holds(block, "") for block in module):
+                found = name, module
+        if found is not None:
+            return found
+    raise ValueError(
+        f"{type(part).__name__} has no list of blocks with linear layers; name the weights to edit"
+    )
 
 
 def stacks(model: nn.Module) -> dict[str, nn.Module]:
     """The parts of ``model`` with blocks of their own, by path: an encoder and a decoder, or all.
 
-    In an encoder-decoder the encoder comes first.
+    In an encoder-decoder the encoder comes first. A model that also sees or hears has the part that
+    reads text.
     """
-    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return {"": model}
+    model = unwrapped(model)
     paths = {module: name for name, module in model.named_modules()}
-    parts = (model.get_encoder(), model.get_decoder())  # type: ignore[operator]
+    two = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    asked = ("get_encoder", "get_decoder") if two else ("get_decoder",)
+    parts = [getattr(model, name)() for name in asked if hasattr(model, name)]
+    # What is called a decoder may be a head.
+    lists = [any(isinstance(m, nn.ModuleList) for m in part.modules()) for part in parts]
+    if not parts or not all(lists) or any(part not in paths for part in parts):
+        return {"": model}
     return {paths[part]: part for part in parts}
+
+
+def plain_name(name: str) -> str:
+    """The name of a parameter as it is without an adapter of PEFT."""
+    return name.replace(".base_layer.", ".")
 
 
 def find_weights(
@@ -110,11 +210,16 @@ def find_weights(
         ValueError: a pattern without a match, a parameter that is no linear layer's matrix, or a
             model that the paper has no list for.
     """
+    model = unwrapped(model)
     layers = {f"{name}.weight": (name, m, a, b) for name, m, a, b in _matrices(model)}
-    names: Sequence[str] = [name for name, _ in model.named_parameters()]
+    # A matrix that several blocks share goes by its first name.
+    shared = [*model.named_parameters(remove_duplicate=False)]
+    first = {id(p): name for name, p in reversed(shared)}
+    same = {plain_name(name): plain_name(first[id(p)]) for name, p in shared}
+    names: Sequence[str] = [name for name, other in same.items() if name == other]
     kind = patterns[0] if len(patterns) == 1 else "mlp" if not patterns else ""
     if kind in KINDS:
-        chosen = _of_kind(model, kind, blocks)
+        chosen = {same.get(name, name) for name in _of_kind(model, kind, blocks)}
     else:
         if kind == PAPER:
             patterns = paper_weights(getattr(model, "config", None))
@@ -136,24 +241,94 @@ def find_weights(
     weights: list[EditedWeight] = []
     for name in (n for n in names if n in chosen):
         module_name, module, a, b = layers[name]
+        others = [n for n, other in same.items() if other == name and n != name]
+        if any(module_of(model, n.rpartition(".")[0]) is not module for n in others):
+            raise ValueError(
+                f"{name} is also {others[0]}, so an edit would act in both when merged and in one "
+                "when applied; leave it out"
+            )
         mode = sum(w.shape == (a, b) for w in weights)
         weights.append(EditedWeight(name, module_name, a, b, isinstance(module, Conv1D), mode))
     return tuple(weights)
 
 
 def _of_kind(model: nn.Module, kind: str, blocks: int) -> set[str]:
-    """Names of the parameters of one of KINDS in the last blocks of every stack."""
+    """Names of the parameters of one of KINDS in the last blocks of every stack.
+
+    Raises:
+        ValueError: there are none.
+    """
     chosen = set()
+    for path, block in _last_blocks(model, blocks):
+        mlp = set(_mlp_names(block, path))
+        every = {name for name, *_ in _matrices(block, path)}
+        of_kind = {"mlp": mlp, "attention": every - mlp, "all": every}[kind]
+        chosen |= {f"{name}.weight" for name in of_kind}
+    if not chosen:
+        experts = [
+            name for path, block in _last_blocks(model, blocks) for name in _experts(block, path)
+        ]
+        held = f"; its experts are held as {experts[0]}, which cannot be edited" if experts else ""
+        raise ValueError(
+            f"the last blocks of {type(model).__name__} have no {kind} matrices{held}; choose "
+            "another of mlp, attention and all, more blocks, or name the weights to edit"
+        )
+    return chosen
+
+
+def _last_blocks(model: nn.Module, blocks: int) -> Iterator[tuple[str, nn.Module]]:
+    """The last blocks of every stack, by path."""
     parts = stacks(model)
     for prefix, part in parts.items():
         path, block_list = find_blocks(part, prefix)
         count = min(blocks or (3 if len(parts) == 1 else 2), len(block_list))
         for i in range(len(block_list) - count, len(block_list)):
-            mlp = set(_mlp_names(block_list[i], f"{path}.{i}"))
-            every = {name for name, *_ in _matrices(block_list[i], f"{path}.{i}")}
-            of_kind = {"mlp": mlp, "attention": every - mlp, "all": every}[kind]
-            chosen |= {f"{name}.weight" for name in of_kind}
-    return chosen
+            yield f"{path}.{i}", block_list[i]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What an edit was made for, as far as an adapter has to tell.
+
+    ``name``: the folder or hub name that the model was loaded from. ``task``: PEFT's name of what
+    it does. ``experts``: some block keeps the matrices of its experts in one parameter.
+    """
+
+    name: str = ""
+    task: str = ""
+    experts: bool = False
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Origin:
+        """The origin of edits of ``model``."""
+        inner: Any = unwrapped(model)
+        task = ""  # of a classifier PEFT would also want the head
+        if hasattr(inner, "get_output_embeddings") and inner.get_output_embeddings() is not None:
+            two = getattr(inner.config, "is_encoder_decoder", False)
+            task = "SEQ_2_SEQ_LM" if two else "CAUSAL_LM"
+        experts = False
+        for prefix, part in stacks(inner).items():
+            with suppress(ValueError):
+                experts |= any(_holds_experts(b) for b in find_blocks(part, prefix)[1])
+        return cls(str(getattr(inner, "name_or_path", "") or ""), task, experts)
+
+
+def left_out(model: nn.Module, weights: Sequence[EditedWeight]) -> dict[str, str]:
+    """The matrices that stand in a block beside edited ``weights`` and are not edited, and why."""
+    model = unwrapped(model)
+    edited = {w.module for w in weights}
+    found: dict[str, str] = {}
+    for prefix, part in stacks(model).items():
+        path, blocks = find_blocks(part, prefix)
+        for i, block in enumerate(blocks):
+            inside = f"{path}.{i}"
+            if any(name.startswith(f"{inside}.") for name in edited):
+                mlp = _mlp_names(block, inside)
+                for name, *_ in _matrices(block, inside):
+                    if name not in edited:
+                        found[name] = "an MLP's" if name in mlp else "not the MLP's"
+                found |= dict.fromkeys(_experts(block, inside), "experts in one parameter")
+    return found
 
 
 def lowest_block(
@@ -170,12 +345,15 @@ def lowest_block(
         path, blocks = find_blocks(part, prefix)
     except ValueError:
         return None, 0
+    modules = [*unwrapped(model).named_modules(remove_duplicate=False)]
+    edited = {id(module_of(model, w.module)) for w in weights}
     indices = [len(blocks)]
-    for weight in weights:
-        head, _, rest = weight.module.partition(f"{path}.")
+    # A module that several blocks share acts in the lowest of them.
+    for name in {w.module for w in weights} | {n for n, module in modules if id(module) in edited}:
+        head, _, rest = name.partition(f"{path}.")
         if not head and rest:
             indices.append(int(rest.split(".")[0]))
-        elif len(parts) == 1 or weight.module.startswith(f"{prefix}."):
+        elif len(parts) == 1 or name.startswith(f"{prefix}."):
             return None, 0
     return blocks, min(indices)
 
@@ -187,7 +365,7 @@ def weight_of(model: nn.Module, weight: EditedWeight) -> torch.Tensor:
         ValueError: the model has no such layer, or one of another shape or layout.
     """
     try:
-        module = model.get_submodule(weight.module)
+        module: nn.Module | None = module_of(model, weight.module)
     except AttributeError:
         module = None
     if not isinstance(module, (nn.Linear, Conv1D)):

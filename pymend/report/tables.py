@@ -42,7 +42,7 @@ def blockwise(names: Sequence[str]) -> list[str]:
     """Weight names, those of consecutive blocks that else agree as one: ``h.9-11.mlp.c_fc``."""
     blocks: dict[tuple[str, str], list[str]] = {}
     for name in names:
-        head, block, rest = re.split(r"(?<=\.)(\d+)(?=\.)", name, maxsplit=1)
+        head, block, rest = (*re.split(r"(?<=\.)(\d+)(?=\.)", name, maxsplit=1), "", "")[:3]
         blocks.setdefault((head, rest), []).append(block)
     return [
         f"{head}{'-'.join(dict.fromkeys((found[0], found[-1])))}{rest}"

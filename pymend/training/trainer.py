@@ -34,6 +34,7 @@ from pymend.files import (
     write_json,
     write_tensors,
 )
+from pymend.models.structure import unwrapped
 from pymend.progress import tqdm
 from pymend.training.episodes import EpisodeScores, Sampler, run_episodes
 from pymend.training.optim import EditorOptimizer
@@ -84,6 +85,7 @@ class Trainer(Generic[A]):
         progress: bool = True,
         chat: Chat = None,
     ) -> None:
+        model = unwrapped(model)
         algorithm.prepare(model)
         self.algorithm, self.model = algorithm, model
         self.config, self.progress = config, progress
@@ -174,9 +176,9 @@ class Trainer(Generic[A]):
                 if self.algorithm.step_sizes is not None:
                     line["alpha"] = float(self.algorithm.step_sizes.detach().mean())
                 self._log(line, seconds=time.perf_counter() - begin)
-                bar.update()
                 shown = {k: f"{v:.3f}" for k, v in scores.items() if k != "loss"}
                 bar.set_postfix({**shown, "skipped": self.skipped}, refresh=False)
+                bar.update()
                 if reason:
                     self._warn_of_skip(reason)
 
