@@ -24,7 +24,9 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from pymend import EditRequest, MendConfig
+from pymend.algorithms.cache import Cache
 from pymend.algorithms.mend.mend import Mend
+from pymend.config import CacheConfig
 from pymend.engine.capture import LIVE, _live
 from pymend.engine.hooks import frozen
 from pymend.engine.replay import Replay
@@ -112,6 +114,18 @@ def test_a_model_without_a_prefix_is_run_whole_and_says_so() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # tried once, said once
         assert torch.equal(labels(model, prefix=True), exact)
+
+
+def test_rows_too_short_for_a_trial_prove_nothing() -> None:
+    """They are run whole, and a model that was seen on them alone is tried later."""
+    model = tiny.llama()
+    model.model.layers[-1] = Peeking(model.model.layers)
+    with frozen(model), torch.no_grad():
+        replay = Replay(model, find_weights(model))
+        replay.load([Row((5, 9), 0)])
+        assert replay.cut == 0
+    with pytest.warns(UserWarning, match="keeps no frozen prefix"):
+        assert torch.equal(labels(model, prefix=True), labels(model, prefix=False))
 
 
 def test_an_ordinary_model_keeps_its_prefix() -> None:
@@ -358,3 +372,20 @@ def test_peft_would_take_shared_experts_for_experts() -> None:
     edit = mend.edit(model, tiny.tokenizer(), tiny.facts(1)[0])
     with pytest.raises(ValueError, match="PEFT takes down_proj, gate_proj, up_proj of a model"):
         edit.to_peft("adapter")
+
+
+def test_a_cache_reads_the_mask_of_a_compiled_model() -> None:
+    """Left padding, or the mean would be over other tokens."""
+    torch.compiler.reset()
+    plain, text, request = tiny.llama(), tiny.tokenizer(), tiny.facts(1)[0]
+    edit = Cache(CacheConfig(eps=1e-3)).edit(plain, text, request)
+    ids = torch.tensor([[0, 0, *text(request.prompt).input_ids]])
+    given = {"input_ids": ids, "attention_mask": (ids != 0).long()}
+    model = compiled(plain)
+    with torch.no_grad():
+        with edit.applied(plain):
+            wanted = plain(**given).logits
+        with edit.applied(model):
+            found = model(**given).logits
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+    assert wanted[0, -1].max() == 20  # the remembered token

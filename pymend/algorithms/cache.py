@@ -27,7 +27,14 @@ from pymend.engine.hooks import forward_hooks
 from pymend.engine.replay import Replay
 from pymend.engine.tokens import IGNORE, Row
 from pymend.errors import NonFiniteError
-from pymend.models.structure import EditedWeight, find_blocks, find_weights, module_of, stacks
+from pymend.models.structure import (
+    EditedWeight,
+    find_blocks,
+    find_weights,
+    module_of,
+    stacks,
+    unwrapped,
+)
 
 
 class OutputEdit(BaseEdit):
@@ -158,6 +165,7 @@ def rewriting(model: nn.Module, rewrite: Callable[[Tensor, Tensor], Tensor]) -> 
     ``means`` [rows, positions, d], at least float32: mean final hidden states, of a decoder one
     for each of the logits' positions, else one a row.
     """
+    model = unwrapped(model)
     signature = inspect.signature(model.forward)
     by_position = _by_position(model)
     prefix, part = next(iter(stacks(model).items()))

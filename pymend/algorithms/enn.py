@@ -20,7 +20,7 @@ from pymend.edit import BaseEdit, Edit, LowRank, Outcome
 from pymend.engine.losses import LabelRows, mean_per_row
 from pymend.engine.replay import Replay
 from pymend.engine.tokens import Batch, Row, stacked
-from pymend.models.structure import EditedWeight
+from pymend.models.structure import EditedWeight, unwrapped
 
 
 class EnnEditor(nn.Module):
@@ -131,6 +131,7 @@ class Enn(Trainable["EnnEdit"]):
         Raises:
             ValueError: as :meth:`check`.
         """
+        yielded, model = model, unwrapped(model)
         self.check(model)
         copies = self.editor.named_base()
         stand_ins: dict[Tensor, Tensor] = {}
@@ -148,7 +149,7 @@ class Enn(Trainable["EnnEdit"]):
         try:
             for holder, key, own in places:
                 holder[key] = stand_ins[own]  # type: ignore[assignment]
-            yield model
+            yield yielded
         finally:
             for holder, key, own in places:
                 holder[key] = own

@@ -30,9 +30,9 @@ def greedy(
         rows = [encoder.row(p) for p in prompts[i : i + ANSWERED_TOGETHER]]
         with frozen(model):
             if rows[0].label is not None:
-                batch = Batch.of(rows, model.device, padding_of(model))
-                logits = class_logits(model(**batch.inputs).logits)
-                answers += [encoder.text(best) for best in logits.argmax(-1, keepdim=True)]
+                for row in rows:  # alone: padding changes some classifiers
+                    logits = class_logits(model(**Batch.of([row], model.device).inputs).logits)
+                    answers.append(encoder.text(logits.argmax(-1)))
             else:
                 answers += _generated(model, encoder, rows, tokens)
     return answers

@@ -122,7 +122,11 @@ class Replay:
         """
         known = _verdicts.setdefault(self.model, {})
         if self.cut not in known:
-            known[self.cut] = self._tried(rows)
+            tried = self._tried(rows)
+            if tried is None:  # nothing was learnt, so nothing is remembered, and nothing reused
+                self.cut = 0
+                return
+            known[self.cut] = tried
             reason = known[self.cut].prefix
             if reason:
                 warnings.warn(
@@ -138,12 +142,12 @@ class Replay:
             self._head = None
 
     @torch.no_grad()
-    def _tried(self, rows: Sequence[Row]) -> Verdict:
-        """What two short rows of unequal length show, run in several ways."""
+    def _tried(self, rows: Sequence[Row]) -> Verdict | None:
+        """What two short rows of unequal length show, run in several ways; None if they cannot."""
         longest = max(rows, key=lambda r: len(r.prefix))
         size = min(len(longest.prefix), TRIED_TOKENS)
         if size < 3:
-            return Verdict()
+            return None
         pair = [longest.part(size), longest.part(size - 2)]
         live = Replay(self.model, self.weights, prefix=False)
         live._mixed = head = ""
@@ -153,7 +157,7 @@ class Replay:
             live._head, head = None, type(error).__name__
             alone = [live._said([row]) for row in pair]
         if not all(x.isfinite().all() for x in alone):
-            return Verdict()  # whoever uses what it says will refuse it
+            return None  # whoever uses what it says will refuse it
         mixed = _differs(lambda: live._said(pair), torch.cat(alone), "padding changes what it says")
         if self.cut == 0:
             return Verdict(mixed=mixed, head=head)
