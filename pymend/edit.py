@@ -10,18 +10,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from pymend.engine.hooks import first_input, forward_hooks
+from pymend.engine.beside import Side, beside
 from pymend.errors import NonFiniteError
 from pymend.files import digest, read_json, read_tensors, writable_dir, write_json, write_tensors
 from pymend.interop.peft import write_adapter
-from pymend.models.structure import EditedWeight, Origin, module_of, unwrapped, weight_of
+from pymend.models.structure import EditedWeight, Origin, unwrapped, weight_of
 from pymend.ops.rank_update import rank_update
-from pymend.ops.side_path import side_path
+from pymend.ops.side_path import routed_side_path, side_path
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -39,12 +39,42 @@ class LowRank:
     """W - alpha * sum_i d_i u_i^T of one weight.
 
     ``u`` [n, a] and ``delta`` [n, b], or [episodes, n, .] for independent edits whose padded rows
-    are zero; ``alpha`` a scalar tensor.
+    are zero; ``alpha`` a scalar tensor. Routed experts: each row changes the matrix of its
+    ``expert`` [n] or [episodes, n], int64.
     """
 
     u: Tensor
     delta: Tensor
     alpha: Tensor
+    expert: Tensor | None = None
+
+    def rows(self, which: Tensor | int) -> LowRank:
+        """The rows that a mask keeps, or one of the independent edits."""
+        expert = None if self.expert is None else self.expert[which]
+        return LowRank(self.u[which], self.delta[which], self.alpha, expert)
+
+    def of(self, expert: int) -> LowRank:
+        """What one of the experts changes by."""
+        return self if self.expert is None else self.rows(self.expert == expert)
+
+    def lora(self) -> tuple[Tensor, Tensor]:
+        """A [n, a] and B^T [n, b] of the change B A."""
+        return self.u, -self.alpha * self.delta
+
+    def to(self, device: torch.device) -> LowRank:
+        """The same on another device."""
+        expert = None if self.expert is None else self.expert.to(device)
+        return LowRank(self.u.to(device), self.delta.to(device), self.alpha.to(device), expert)
+
+
+class Matrix(NamedTuple):
+    """A matrix that a merge writes, and the factors of its change; one of the experts, or None."""
+
+    name: str
+    expert: int | None
+    value: Tensor
+    factors: LowRank
+    transposed: bool
 
 
 @dataclass(frozen=True)
@@ -126,7 +156,7 @@ class Edit(BaseEdit):
         u = next(iter(self.factors.values())).u
         super().__init__(len(u) if u.dim() == 3 else None, fingerprint, outcomes)
         self.origin = Origin()
-        self._backup: dict[str, Tensor] = {}
+        self._backup: dict[tuple[str, int | None], Tensor] = {}
         self._model: weakref.ref[nn.Module] | None = None
 
     @property
@@ -137,9 +167,8 @@ class Edit(BaseEdit):
     def _pick(self, index: int) -> Edit:
         factors = {}
         for name, f in self.factors.items():
-            u, delta = f.u[index], f.delta[index]
-            kept = (u != 0).any(-1) | (delta != 0).any(-1)
-            factors[name] = LowRank(u[kept], delta[kept], f.alpha)
+            own = f.rows(index)
+            factors[name] = own.rows((own.u != 0).any(-1) | (own.delta != 0).any(-1))
         one = Edit(self.weights, factors)
         one.origin = self.origin
         return one
@@ -158,10 +187,11 @@ class Edit(BaseEdit):
             raise ValueError("pick single edits out of edit_many with [i] before adding them")
         factors = {}
         for name, f in self.factors.items():
-            g = other.factors[name]
-            u, delta = g.u.to(f.u.device), (g.alpha * g.delta).to(f.u.device)
-            delta = torch.cat([f.alpha * f.delta, delta])
-            factors[name] = LowRank(torch.cat([f.u, u]), delta, torch.ones_like(f.alpha))
+            g = other.factors[name].to(f.u.device)
+            u, delta = torch.cat([f.u, g.u]), torch.cat([f.alpha * f.delta, g.alpha * g.delta])
+            experts = [x for x in (f.expert, g.expert) if x is not None]
+            expert = torch.cat(experts) if experts else None
+            factors[name] = LowRank(u, delta, torch.ones_like(f.alpha), expert)
         both = Edit(self.weights, factors, self.fingerprint, self.outcomes + other.outcomes)
         both.origin = self.origin
         return both
@@ -182,22 +212,24 @@ class Edit(BaseEdit):
         if self in _merged.get(unwrapped(model), []):
             raise RuntimeError("this edit is merged into this model and acts already")
         self.check(model)
-        with forward_hooks({module_of(model, w.module): self._hook(w.name) for w in self.weights}):
+        with beside(model, self.weights, {w.name: self._side(w.name) for w in self.weights}):
             yield model
 
-    def _hook(self, name: str) -> Any:
-        factors = self.factors[name]
+    def _side(self, name: str) -> Side:
+        """The output of a weight, changed by the edit."""
 
-        def hook(_module: nn.Module, args: Any, kwargs: Any, y: Tensor) -> Tensor:
-            x = first_input(args, kwargs)
-            u, delta = factors.u, factors.delta
-            if x.device != u.device:
-                u, delta = u.to(x.device), delta.to(x.device)
-            rows = split_episodes(x, self.episodes).to(u.dtype)
-            change = side_path(rows, u, delta, factors.alpha.to(u.device))
+        def side(x: Tensor, y: Tensor, expert: Tensor | None) -> Tensor:
+            f = self.factors[name]
+            f = f if x.device == f.u.device == f.alpha.device else f.to(x.device)
+            rows = split_episodes(x, self.episodes).to(f.u.dtype)
+            if f.expert is None or expert is None:
+                change = side_path(rows, f.u, f.delta, f.alpha)
+            else:
+                same = expert.reshape(*rows.shape[:-1], 1) == f.expert[..., None, :]
+                change = routed_side_path(rows, f.u, f.delta, f.alpha, same)
             return y - change.view(y.shape).to(y.dtype)
 
-        return hook
+        return side
 
     # -- into the weights --------------------------------------------------------------------
 
@@ -221,25 +253,23 @@ class Edit(BaseEdit):
         if self._backup:
             raise RuntimeError("this edit is merged already; unmerge_ it first")
         self.check(model)
-        parameters = {w.name: weight_of(model, w) for w in self.weights}
-        factors = [self.factors[w.name] for w in self.weights]
+        matrices = list(self._matrices(model))
+        names = [w.name for w in self.weights]
+        places = [names.index(m.name) for m in matrices]
         with torch.no_grad():
-            backup = {name: p.detach().clone() for name, p in parameters.items()}
+            backup = {(m.name, m.expert): m.value.clone() for m in matrices}
             try:
                 fidelity = rank_update(
-                    [p.detach() for p in parameters.values()],
-                    [f.u.to(p.device) for f, p in zip(factors, parameters.values(), strict=True)],
-                    [
-                        f.delta.to(p.device)
-                        for f, p in zip(factors, parameters.values(), strict=True)
-                    ],
-                    torch.stack([f.alpha for f in factors]),
-                    [w.transposed for w in self.weights],
+                    [m.value for m in matrices],
+                    [m.factors.u for m in matrices],
+                    [m.factors.delta for m in matrices],
+                    torch.stack([self.factors[w.name].alpha for w in self.weights])[places],
+                    [m.transposed for m in matrices],
                     seed,
                 )
             except BaseException:
-                for name, p in parameters.items():
-                    p.copy_(backup[name])
+                for m in matrices:
+                    m.value.copy_(backup[m.name, m.expert])
                 raise
         self._backup = backup
         self._model = weakref.ref(model)
@@ -248,7 +278,7 @@ class Edit(BaseEdit):
         if kept < LOSSY and seed is None:
             warnings.warn(
                 f"only {kept:.0%} of the wanted change survived rounding to "
-                f"{next(iter(parameters.values())).dtype}; the edit may not work, use applied()",
+                f"{matrices[0].value.dtype}; the edit may not work, use applied()",
                 stacklevel=2,
             )
         return kept
@@ -268,10 +298,21 @@ class Edit(BaseEdit):
                 f"{after} later edit(s) are merged on top of this one; unmerge the last one first"
             )
         with torch.no_grad():
-            for w in self.weights:
-                weight_of(model, w).copy_(self._backup[w.name])
+            for m in self._matrices(model):
+                m.value.copy_(self._backup[m.name, m.expert])
         stack.pop()
         self._backup = {}
+
+    def _matrices(self, model: nn.Module) -> Iterator[Matrix]:
+        """The matrices that the edit changes: of experts those that have rows, or all."""
+        for w in self.weights:
+            value = weight_of(model, w).detach()
+            f = self.factors[w.name].to(value.device)
+            hit = range(w.experts) if f.expert is None else f.expert.unique().tolist()
+            for e in hit if w.experts else ():
+                yield Matrix(w.name, e, value[e], f.of(e), w.transposed)
+            if not w.experts:
+                yield Matrix(w.name, None, value, f, w.transposed)
 
     # -- files -------------------------------------------------------------------------------
 
@@ -295,6 +336,8 @@ class Edit(BaseEdit):
         tensors = {}
         for name, f in self.factors.items():
             tensors[f"{name}.u"], tensors[f"{name}.delta"] = f.u, f.delta
+            if f.expert is not None:
+                tensors[f"{name}.expert"] = f.expert
         write_tensors(path / "edit.safetensors", tensors, digest(description))
         write_json(path / "edit.json", description)
 
@@ -316,28 +359,36 @@ class Edit(BaseEdit):
             origin = Origin(**description.get("origin", {}))  # older files have none
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path / 'edit.json'} is no edit: {error}") from error
-        wanted = {
-            f"{w.name}.{part}": width
-            for w in weights
-            for part, width in (("u", w.a), ("delta", w.b))
-        }
+        wanted: dict[str, tuple[int, ...]] = {}
+        for w in weights:
+            wanted |= {f"{w.name}.u": (w.a,), f"{w.name}.delta": (w.b,)}
+            wanted |= {f"{w.name}.expert": ()} if w.routed else {}
         if wanted.keys() != tensors.keys():
             odd = sorted(wanted.keys() ^ tensors.keys())[0]
             raise ValueError(f"{path / 'edit.safetensors'}: {odd} is missing or foreign")
         for name, width in wanted.items():
-            if tensors[name].dim() != 2 or tensors[name].shape[1] != width:
+            shape, rows = tuple(tensors[name].shape), len(tensors[f"{name.rpartition('.')[0]}.u"])
+            if shape != (rows, *width):
                 raise ValueError(
-                    f"{path / 'edit.safetensors'}: {name} is {tuple(tensors[name].shape)}, "
-                    f"expected (rows, {width})"
+                    f"{path / 'edit.safetensors'}: {name} is {shape}, expected {(rows, *width)}"
                 )
         if len(alphas) != len(weights):
             raise ValueError(
                 f"{path / 'edit.json'}: {len(alphas)} alphas for {len(weights)} weights"
             )
         factors = {
-            w.name: LowRank(tensors[f"{w.name}.u"], tensors[f"{w.name}.delta"], torch.tensor(alpha))
+            w.name: LowRank(
+                tensors[f"{w.name}.u"],
+                tensors[f"{w.name}.delta"],
+                torch.tensor(alpha),
+                tensors.get(f"{w.name}.expert"),
+            )
             for w, alpha in zip(weights, alphas, strict=True)
         }
+        for w in weights:
+            expert = factors[w.name].expert
+            if expert is not None and not bool(((expert >= 0) & (expert < w.experts)).all()):
+                raise ValueError(f"{path / 'edit.safetensors'}: {w.name} has no such experts")
         edit = cls(weights, factors, fingerprint, outcomes)
         edit.origin = origin
         return edit
@@ -353,19 +404,22 @@ class Edit(BaseEdit):
         """
         if self.episodes is not None:
             raise RuntimeError("pick a single edit out of edit_many with [i] before exporting it")
-        names = {w.module.rpartition(".")[2] for w in self.weights} & EXPERT_NAMES
+        plain = [w for w in self.weights if not w.experts]
+        names = {w.module.rpartition(".")[2] for w in plain} & EXPERT_NAMES
         if self.origin.experts and names:
             raise ValueError(
                 f"PEFT takes {', '.join(sorted(names))} of a model with experts for those of its "
                 "experts, so an adapter would not act as the edit does; save the merged model"
             )
         self.check_finite()
-        layers = {}
-        for w in self.weights:
-            f = self.factors[w.name]
-            layers[w.module] = f.u, -f.alpha * f.delta
-        transposed = any(w.transposed for w in self.weights)
-        write_adapter(folder, layers, transposed, self.origin.name, self.origin.task)
+        layers = {w.module: self.factors[w.name].lora() for w in plain}
+        experts = {
+            w.name: [self.factors[w.name].of(e).lora() for e in range(w.experts)]
+            for w in self.weights
+            if w.experts
+        }
+        transposed = any(w.transposed for w in plain)
+        write_adapter(folder, layers, transposed, self.origin.name, self.origin.task, experts)
 
     # -- checks ------------------------------------------------------------------------------
 
@@ -436,13 +490,15 @@ def fingerprint(model: nn.Module, weights: Sequence[EditedWeight]) -> str:
     state = hashlib.sha256()
     for w in weights:
         value = weight_of(model, w).detach()
-        for edit in reversed(_merged.get(unwrapped(model), [])):
-            value = edit._backup.get(w.name, value)
         index = torch.linspace(0, value.numel() - 1, SAMPLES, dtype=torch.float64).long()
-        index = index.to(value.device)
-        # Rows and columns, not a flat view: a strided weight would be copied whole.
-        columns = value.shape[1]
-        sample = value[index // columns, index % columns].to(torch.bfloat16)
-        sample = sample.view(torch.int16).cpu()
+        # By places, not a flat view: a strided weight would be copied whole.
+        places = torch.unravel_index(index.to(value.device), value.shape)
+        sample = value[places]
+        for edit in reversed(_merged.get(unwrapped(model), [])):
+            for (name, e), former in edit._backup.items():
+                if name == w.name:
+                    own = slice(None) if e is None else places[0] == e
+                    sample[own] = former[places[-2][own], places[-1][own]]
+        sample = sample.to(torch.bfloat16).view(torch.int16).cpu()
         state.update(f"{w.name} {tuple(value.shape)}".encode() + sample.numpy().tobytes())
     return state.hexdigest()

@@ -81,7 +81,7 @@ class FineTune(Algorithm[DenseEdit]):
         if config.kl:
             encoder = Encoder.for_model(model, tokenizer, chat)
             locality = [encoder.probe(p) for request in train_data for p in request.locality]
-        return cls(config, find_weights(model, config.edit, config.blocks), locality)
+        return cls(config, find_weights(model, config.edit, config.blocks, experts=False), locality)
 
     def prepare(self, model: nn.Module) -> str:
         """The model's fingerprint.

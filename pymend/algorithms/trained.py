@@ -52,6 +52,7 @@ class Trainable(Algorithm[E]):
     kind: ClassVar[str]
     config_type: ClassVar[type[EditorConfig]]
     low_rank: ClassVar[bool] = True  # its edits are ``pymend.Edit``: they can be saved and merged
+    experts: ClassVar[bool] = False  # whether it edits those of a mixture
 
     config: EditorConfig
     editor: nn.Module
@@ -83,7 +84,7 @@ class Trainable(Algorithm[E]):
             ValueError: the configuration names weights that do not exist or cannot be edited.
         """
         config = config or cls.config_type()
-        weights = find_weights(model, config.edit, config.blocks)
+        weights = find_weights(model, config.edit, config.blocks, cls.experts)
         with float32():
             made: A = cls(config, weights, **cls.sizes_of(model))
         made.model_fingerprint = fingerprint(model, weights)

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.linalg import vector_norm
 
-from pymend.engine.hooks import first_input, forward_hooks
+from pymend.engine.beside import beside
 from pymend.errors import NonFiniteError
-from pymend.models.structure import EditedWeight, module_of, weight_of
+from pymend.models.structure import EditedWeight, weight_of
 
 # Of the largest row of a weight in an episode: what is not above is the rounding of a zero. A key
 # that attends to itself alone has one: its gradient is a difference of equal sums.
@@ -33,11 +33,15 @@ HALF_SCALE = 2.0**10  # keeps small float16 deltas above underflow; a power of t
 
 @dataclass(frozen=True)
 class Factors:
-    """Rows u [n, a] and delta [n, b] of one weight; ``counts`` rows of each episode, in order."""
+    """Rows u [n, a] and delta [n, b] of one weight; ``counts`` rows of each episode, in order.
+
+    ``expert`` [n] int64: whose rows they are, of routed experts.
+    """
 
     u: Tensor
     delta: Tensor
     counts: tuple[int, ...]
+    expert: Tensor | None = None
 
 
 class Tape:
@@ -48,13 +52,15 @@ class Tape:
         self.second_order = second_order
         self._inputs: dict[str, list[Tensor]] = {w.name: [] for w in weights}
         self._probes: dict[str, list[Tensor]] = {w.name: [] for w in weights}
+        self._experts: dict[str, list[Tensor]] = {w.name: [] for w in weights if w.routed}
 
-    def record(self, name: str, _module: nn.Module, args: Any, kwargs: Any, y: Tensor) -> Tensor:
-        """The hook of a weight's module: note its input, add a probe to its output."""
-        x = first_input(args, kwargs)
+    def record(self, name: str, x: Tensor, y: Tensor, expert: Tensor | None) -> Tensor:
+        """What acts beside a weight: note its input, add a probe to its output."""
         probe = torch.zeros_like(y, requires_grad=True)
         self._inputs[name].append(x if self.second_order else x.detach())
         self._probes[name].append(probe)
+        if expert is not None:
+            self._experts[name].append(expert)
         return y + probe
 
     def _check_whole(self, shapes: Collection[tuple[int, ...]]) -> None:
@@ -62,9 +68,9 @@ class Tape:
         count = {rows for rows, *_ in shapes}  # one number
         flat = count | {math.prod(shape) for shape in shapes}
         for name, inputs in self._inputs.items():
-            for x in inputs:
-                whole = len(x) in (flat if x.dim() == 2 else count)
-                if not whole:
+            # Routed experts have several rows a token, one after the other.
+            for x, given in zip(inputs, self._experts.get(name, inputs), strict=True):
+                if len(given) not in (flat if x.dim() == 2 else count):
                     raise ValueError(
                         f"the module of {name} is given {tuple(x.shape)}, not text after text, as "
                         "experts and layers that put time first are, so edits would be mixed; edit "
@@ -148,7 +154,11 @@ class Tape:
         indices = kept.to(norms[0][0].device, non_blocking=True).split([sum(c) for c in counts])
         captured = {}
         for (name, (u, delta)), index, count in zip(rows.items(), indices, counts, strict=True):
-            captured[name] = Factors(u[index], delta[index], tuple(count))
+            expert = None
+            if name in self._experts:
+                ids = [x.reshape(episodes, -1) for x in self._experts[name]]
+                expert = torch.cat(ids, 1).flatten()[index]
+            captured[name] = Factors(u[index], delta[index], tuple(count), expert)
         return captured
 
 
@@ -187,6 +197,6 @@ def capture(
     for weight in weights:
         weight_of(model, weight)
     tape = Tape(weights, second_order)
-    hooks = {module_of(model, w.module): partial(tape.record, w.name) for w in weights}
-    with torch.enable_grad(), forward_hooks(hooks):
+    sides = {w.name: partial(tape.record, w.name) for w in weights}
+    with torch.enable_grad(), beside(model, weights, sides):
         yield tape

@@ -26,6 +26,7 @@ from pymend.models.structure import EditedWeight, lowest_block, module_of, stack
 
 PASS_TOKENS = 64  # padding that costs a CPU about as much as another pass
 TRIED_TOKENS = 8  # of the longer of two rows
+ROUNDED = 2.0**-20  # relative error that counts as rounding in any dtype
 GROUP_TOKENS = 2048  # tokens of one prefix pass; more gains nothing, and memory grows
 
 
@@ -277,7 +278,8 @@ def _differs(run: Callable[[], Tensor], exact: Tensor, reason: str) -> str:
         found = run()
     except Exception as error:  # whatever a model raises, it is no reason to give up
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
-    allowed = torch.finfo(exact.dtype).eps ** 0.5 * exact.float().norm()
+    # Models take norms and shares in float32, whatever their own precision.
+    allowed = max(torch.finfo(exact.dtype).eps ** 0.5, ROUNDED) * exact.float().norm()
     same = found.shape == exact.shape and (found.float() - exact.float()).norm() <= allowed
     return "" if same else reason
 

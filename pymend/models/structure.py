@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from inspect import signature
 from itertools import product
 from typing import Any, cast
 
@@ -15,7 +16,9 @@ from transformers.pytorch_utils import Conv1D
 
 from pymend.models.presets import paper_weights
 
-KINDS = ("mlp", "attention", "all")  # matrices of a block
+KINDS = ("mlp", "attention", "all", "routed", "shared")  # matrices of a block
+EXPERTS = KINDS[3:]
+ROUTED = True  # how experts are edited where nobody says; docs/results/moe.md has both ways
 PAPER = "paper"  # the paper's own list for the model at hand
 
 
@@ -26,6 +29,9 @@ class EditedWeight:
     ``name`` is the parameter's, ``module`` its module's. The layer maps ``a`` features to ``b``.
     ``transposed`` marks GPT-2's ``Conv1D`` layout, [a, b] in place of [b, a]. ``mode`` is the
     position among the edited weights of the same shape: the network's row of scale and shift.
+
+    ``experts`` above 0: the parameter holds that many matrices, [experts, b, a] or [experts, a, b].
+    If ``routed``, each changes by what the tokens sent to it say; if not, all change alike.
     """
 
     name: str
@@ -34,6 +40,8 @@ class EditedWeight:
     b: int
     transposed: bool
     mode: int
+    experts: int = 0
+    routed: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -92,6 +100,29 @@ def _matrices(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Mod
             yield name, child, child.in_features, child.out_features
         elif isinstance(child, Conv1D):
             yield name, child, child.nx, child.nf
+
+
+def _expert_weights(part: nn.Module, prefix: str = "") -> Iterator[tuple[EditedWeight, nn.Module]]:
+    """The matrices of experts that run through transformers' registry of expert functions.
+
+    Such a module holds the ways up and down of all its experts in two parameters, and says how they
+    lie; the registry may replace what computes with them, and so may an edit.
+    """
+    for name, module in part.named_modules(prefix=prefix):
+        told = [getattr(module, key, None) for key in ("has_gate", "is_transposed", "has_bias")]
+        # [tokens, d], the k experts of each token, and their shares
+        called = len(signature(type(module).forward).parameters) == 1 + 3
+        if None in told or not called or getattr(module, "_is_expert_parallel", False):
+            continue
+        keys = "gate_up_proj" if module.has_gate else "up_proj", "down_proj"
+        found = [module._parameters.get(key) for key in keys]
+        if any(p is None or p.dim() != 3 or not p.is_floating_point() for p in found):
+            continue
+        for key, p in zip(keys, cast(list[nn.Parameter], found), strict=True):
+            count, b, a = p.shape
+            flipped = bool(module.is_transposed)
+            a, b = (b, a) if flipped else (a, b)
+            yield EditedWeight(f"{name}.{key}", name, a, b, flipped, 0, count, ROUTED), module
 
 
 def _experts(block: nn.Module, prefix: str) -> list[str]:
@@ -196,22 +227,29 @@ def plain_name(name: str) -> str:
 
 
 def find_weights(
-    model: nn.Module, patterns: Sequence[str] = (), blocks: int = 0
+    model: nn.Module, patterns: Sequence[str] = (), blocks: int = 0, experts: bool = True
 ) -> tuple[EditedWeight, ...]:
     """The matrices to edit, in ``named_parameters()`` order, or in the paper's.
 
     Args:
-        patterns: parameter names or fnmatch patterns; or one of ``mlp`` (the default),
-            ``attention`` and ``all``: those matrices of the last ``blocks`` blocks of every stack;
-            or ``paper``: the paper's own list for a model of these sizes.
+        patterns: parameter names or fnmatch patterns; or one of ``mlp`` (the default; experts
+            where a block has nothing else), ``attention`` and ``all``: those matrices of the last
+            ``blocks`` blocks of every stack; ``routed`` or ``shared``: their experts, each with a
+            change of its own or all with the same; or ``paper``: the paper's own list for a model
+            of these sizes.
         blocks: 0 for the paper's choice (appendix C): three, of an encoder-decoder two of each.
+        experts: whether those can be edited.
 
     Raises:
         ValueError: a pattern without a match, a parameter that is no linear layer's matrix, or a
             model that the paper has no list for.
     """
     model = unwrapped(model)
-    layers = {f"{name}.weight": (name, m, a, b) for name, m, a, b in _matrices(model)}
+    layers: dict[str, tuple[EditedWeight, nn.Module]] = {}
+    for path, layer, a, b in _matrices(model):
+        plain = EditedWeight(f"{path}.weight", path, a, b, isinstance(layer, Conv1D), 0)
+        layers[plain.name] = plain, layer
+    layers |= {w.name: (w, module) for w, module in _expert_weights(model)}
     # A matrix that several blocks share goes by its first name.
     shared = [*model.named_parameters(remove_duplicate=False)]
     first = {id(p): name for name, p in reversed(shared)}
@@ -240,15 +278,21 @@ def find_weights(
         names = patterns if kind == PAPER else names
     weights: list[EditedWeight] = []
     for name in (n for n in names if n in chosen):
-        module_name, module, a, b = layers[name]
+        found, module = layers[name]
+        if found.experts and not experts:
+            raise ValueError(
+                f"{name} holds the matrices of experts, which only MEND edits; choose attention, "
+                "or name other weights"
+            )
         others = [n for n, other in same.items() if other == name and n != name]
         if any(module_of(model, n.rpartition(".")[0]) is not module for n in others):
             raise ValueError(
                 f"{name} is also {others[0]}, so an edit would act in both when merged and in one "
                 "when applied; leave it out"
             )
-        mode = sum(w.shape == (a, b) for w in weights)
-        weights.append(EditedWeight(name, module_name, a, b, isinstance(module, Conv1D), mode))
+        mode = sum(w.shape == found.shape for w in weights)
+        routed = found.routed if kind not in EXPERTS else kind == "routed"
+        weights.append(replace(found, mode=mode, routed=bool(found.experts) and routed))
     return tuple(weights)
 
 
@@ -262,8 +306,10 @@ def _of_kind(model: nn.Module, kind: str, blocks: int) -> set[str]:
     for path, block in _last_blocks(model, blocks):
         mlp = set(_mlp_names(block, path))
         every = {name for name, *_ in _matrices(block, path)}
-        of_kind = {"mlp": mlp, "attention": every - mlp, "all": every}[kind]
-        chosen |= {f"{name}.weight" for name in of_kind}
+        layers = {"mlp": mlp, "attention": every - mlp, "all": every}.get(kind, set())
+        chosen |= {f"{name}.weight" for name in layers}
+        if kind in (*EXPERTS, "all") or (kind == "mlp" and not mlp):
+            chosen |= {w.name for w, _ in _expert_weights(block, path)}
     if not chosen:
         experts = [
             name for path, block in _last_blocks(model, blocks) for name in _experts(block, path)
@@ -271,7 +317,7 @@ def _of_kind(model: nn.Module, kind: str, blocks: int) -> set[str]:
         held = f"; its experts are held as {experts[0]}, which cannot be edited" if experts else ""
         raise ValueError(
             f"the last blocks of {type(model).__name__} have no {kind} matrices{held}; choose "
-            "another of mlp, attention and all, more blocks, or name the weights to edit"
+            f"another of {', '.join(KINDS)}, more blocks, or name the weights to edit"
         )
     return chosen
 
@@ -316,7 +362,7 @@ class Origin:
 def left_out(model: nn.Module, weights: Sequence[EditedWeight]) -> dict[str, str]:
     """The matrices that stand in a block beside edited ``weights`` and are not edited, and why."""
     model = unwrapped(model)
-    edited = {w.module for w in weights}
+    edited = {w.module for w in weights} | {w.name for w in weights}
     found: dict[str, str] = {}
     for prefix, part in stacks(model).items():
         path, blocks = find_blocks(part, prefix)
@@ -327,7 +373,8 @@ def left_out(model: nn.Module, weights: Sequence[EditedWeight]) -> dict[str, str
                 for name, *_ in _matrices(block, inside):
                     if name not in edited:
                         found[name] = "an MLP's" if name in mlp else "not the MLP's"
-                found |= dict.fromkeys(_experts(block, inside), "experts in one parameter")
+                experts = [name for name in _experts(block, inside) if name not in edited]
+                found |= dict.fromkeys(experts, "experts in one parameter")
     return found
 
 
@@ -368,6 +415,15 @@ def weight_of(model: nn.Module, weight: EditedWeight) -> torch.Tensor:
         module: nn.Module | None = module_of(model, weight.module)
     except AttributeError:
         module = None
+    if weight.experts and module is not None:
+        held = {w.name: w for w, _ in _expert_weights(module, weight.module)}
+        own = held.get(weight.name)
+        if own is None or replace(own, mode=weight.mode, routed=weight.routed) != weight:
+            raise ValueError(
+                f"{type(model).__name__} has no {weight.experts} experts of {weight.a} by "
+                f"{weight.b} at {weight.name}; this editor or edit was made for another model"
+            )
+        return module.get_parameter(weight.name.rpartition(".")[2])
     if not isinstance(module, (nn.Linear, Conv1D)):
         raise ValueError(
             f"{type(model).__name__} has no linear layer {weight.module}; "

@@ -37,6 +37,16 @@ def side_path(x: Tensor, u: Tensor, delta: Tensor, alpha: Tensor) -> Tensor:
     return _SidePath.apply(x, u, delta, alpha)
 
 
+def routed_side_path(x: Tensor, u: Tensor, delta: Tensor, alpha: Tensor, same: Tensor) -> Tensor:
+    """The same where a row of x is changed by some rows of u and delta only.
+
+    Args:
+        x, u, delta, alpha: as for :func:`side_path`; differentiable.
+        same: [t, n] or [episodes, t, n], which rows belong together: those of the same expert.
+    """
+    return alpha * ((x @ u.mT).masked_fill(~same, 0) @ delta)
+
+
 def eager(x: Tensor, u: Tensor, delta: Tensor, alpha: Tensor) -> Tensor:
     """The same under torch's own autograd: the yardstick."""
     return alpha * ((x @ u.mT) @ delta)

@@ -32,6 +32,7 @@ class Mend(Trainable[Edit]):
 
     kind = "mend"
     config_type = MendConfig
+    experts = True
     config: MendConfig
     editor: Editor
 
@@ -81,10 +82,13 @@ class Mend(Trainable[Edit]):
         # A copy: training on must not change an edit that was made.
         for w, alpha in zip(self.weights, self.editor.alpha.clone(), strict=True):
             u, delta = transformed[w.name]
+            counts, expert = captured[w.name].counts, captured[w.name].expert
+            expert = None if expert is None else expert.to(device)
             if not joint:
-                counts = captured[w.name].counts
                 u, delta = stacked(u, counts), stacked(delta, counts)
-            low_rank[w.name] = LowRank(u, delta, alpha)
+                if expert is not None:
+                    expert = stacked(expert[:, None], counts)[..., 0]
+            low_rank[w.name] = LowRank(u, delta, alpha, expert)
         return low_rank
 
     # -- editing -----------------------------------------------------------------------------
