@@ -139,8 +139,8 @@ class EditorConfig:
 
     edit: tuple[str, ...] = setting(
         (),
-        "weights to edit: mlp, attention or all of the last blocks, paper for the paper's own "
-        "list, or names and patterns; nothing: mlp",
+        "weights to edit: mlp, attention or all of the last blocks, routed or shared for the "
+        "experts of a mixture, paper for the paper's own list, or names and patterns; nothing: mlp",
     )
     blocks: int = setting(
         0, "how many of the last blocks; 0: three, of an encoder-decoder two of each stack"

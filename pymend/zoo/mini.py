@@ -1,9 +1,10 @@
-"""Small models of four architectures that know the built-in facts: models to edit without a hub.
+"""Small models of five architectures that know the built-in facts: models to edit without a hub.
 
 They are trained here, from random weights, and kept in the cache as ordinary transformers folders.
 ``bart-mini`` and ``t5-mini`` answer prompts and questions (closed book), ``bert-mini`` tells true
-claims from false ones, ``gpt2-mini`` completes prompts and writes passages. ``mini.json`` in the
-folder says how much a model knows. The same seed gives the same bits on the same processor with the
+claims from false ones, ``gpt2-mini`` completes prompts and writes passages, and so does
+``moe-mini``, whose blocks have eight experts. ``mini.json`` in the folder says how much a model
+knows. The same seed gives the same bits on the same processor with the
 same versions and number of threads.
 """
 
@@ -40,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 WIDTH, HEADS, BLOCKS = 256, 4, 4  # blocks of each stack
 NARROW = 128  # of models that learn too slowly at WIDTH
+EXPERTS = 8  # of a block, two of which see a token
 WIDE = 512  # many edits at once disturb each other less, the wider the weights are
 ASKED = 4  # wordings of a fact, at most, in the exam at the end
 
@@ -168,6 +170,31 @@ RECIPES = {
             "resid_pdrop": 0.0,
             "embd_pdrop": 0.0,
             "attn_pdrop": 0.0,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+            "pad_token_id": 0,
+            "initializer_range": 0.05,
+        },
+        special={role: "<|endoftext|>" for role in ("bos", "eos", "pad")},
+        wordings=lambda relation: relation.patterns,
+        steps=2600,
+        passages=3,
+    ),
+    "moe-mini": Recipe(
+        auto="AutoModelForCausalLM",
+        config={
+            "model_type": "qwen3_moe",
+            "hidden_size": WIDTH,
+            "moe_intermediate_size": WIDTH,
+            "num_experts": EXPERTS,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": True,
+            "num_hidden_layers": BLOCKS,
+            "num_attention_heads": HEADS,
+            "num_key_value_heads": HEADS,
+            "head_dim": WIDTH // HEADS,
+            "max_position_embeddings": 256,
+            "tie_word_embeddings": True,
             "bos_token_id": 0,
             "eos_token_id": 0,
             "pad_token_id": 0,
