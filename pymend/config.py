@@ -25,11 +25,13 @@ T = TypeVar("T")
 class Probe:
     """A prompt whose answer is looked at but not edited: locality or portability.
 
-    Without an ``answer`` every token of the prompt is compared.
+    Without an ``answer`` every token of the prompt is compared. ``joint`` is what stands between
+    the two, as in :class:`EditRequest`.
     """
 
     prompt: str
     answer: str | None = None
+    joint: str | None = None
 
     def __post_init__(self) -> None:
         _check_texts(self)

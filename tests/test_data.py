@@ -303,7 +303,7 @@ def test_our_own_records_are_read_as_they_are(tmp_path):
         "prompt": " def f():\n    ",
         "target": "return \n",
         "rephrases": [" g "],
-        "locality": [{"prompt": " p ", "answer": " a"}],
+        "locality": [{"prompt": " p ", "answer": " a", "joint": ""}],
         "joint": " ",
     }
     [request] = load_records(write(tmp_path / "r.json", [record]))
@@ -311,9 +311,10 @@ def test_our_own_records_are_read_as_they_are(tmp_path):
         " def f():\n    ",
         "return \n",
         rephrases=(" g ",),
-        locality=(Probe(" p ", " a"),),
+        locality=(Probe(" p ", " a", ""),),
         joint=" ",
     )
+    assert request.to_dict() == record | {"rephrases": (" g ",)}
     [plain] = load_records(write(tmp_path / "r.json", [OWN | {"joint": ""}]))
     assert plain.joint == "" and plain.to_dict() == OWN | {"joint": ""}
 

@@ -353,6 +353,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(["import", str(file), *map(str, words)]) == 0
     assert f"pymend edit --model {tmp_path / 'model'} --editor {output}" in capsys.readouterr().out
     imported = Mend.from_pretrained(output)
-    assert imported.config.n_edits == 3 and not imported.config.norm
+    assert imported.config.n_edits == 3 and not imported.config.norm and imported.chat is None
+    assert main(["import", str(file), *map(str, words), "--no-chat"]) == 0
+    assert Mend.from_pretrained(output).chat is False
     with pytest.warns(UserWarning, match="n_edits=3"):
         assert_same_edit(mend, imported, model)

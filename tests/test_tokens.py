@@ -255,6 +255,14 @@ def test_a_row_is_what_the_tokenizer_makes_of_the_whole_text(
     assert 2 not in row.ids, "an answer goes on: no end of sequence"
 
 
+def test_the_joint_of_a_probe_counts() -> None:
+    encoder = Encoder(bpe("gpt2"))
+    prompt, answer = "Built on", "area"
+    assert encoder.probe(Probe(prompt, answer)) == encoder.row(prompt, answer, " ")
+    assert encoder.probe(Probe(prompt, answer, "")) == encoder.row(prompt, answer, "")
+    assert encoder.probe(Probe(prompt, answer, "")) != encoder.probe(Probe(prompt, answer))
+
+
 def test_a_token_across_the_seam_leaves_the_prompt_alone() -> None:
     text = bpe("gpt2")
     prompt, target = "The bri", "dge of Tarn"

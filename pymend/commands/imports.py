@@ -31,5 +31,6 @@ def imports(
     writable_dir(output, make=False)
     loaded, _ = machine.load(model.model)
     mend = load_official(archive, loaded, edit, norm=norm, init=init, n_edits=n_edits)
+    mend.chat = model.template
     mend.save_pretrained(output)
     print(how_to_use(model.model, output))

@@ -116,13 +116,9 @@ def _own(row: RawRow) -> EditRequest:
         rows = row.rows(name)
         for r in rows:
             _only(r, Probe)
-        return tuple(Probe(r.text("prompt"), r.optional("answer")) for r in rows)
+        return tuple(Probe(r.text("prompt"), r.optional("answer"), _joint(r)) for r in rows)
 
     _only(row, EditRequest)
-    joint = row.get("joint")  # may be white space
-    if not isinstance(joint, str | None):
-        raise ValueError(f"{row.where}: field 'joint' must be a text, got {joint!r}")
-    check_text(joint or "", f"{row.where}: field 'joint'")
     return EditRequest(
         prompt=row.text("prompt"),
         target=row.text("target"),
@@ -131,8 +127,17 @@ def _own(row: RawRow) -> EditRequest:
         rephrases=row.texts("rephrases"),
         locality=given("locality"),
         portability=given("portability"),
-        joint=joint,
+        joint=_joint(row),
     )
+
+
+def _joint(row: RawRow) -> str | None:
+    """What is to stand between prompt and answer; it may be white space."""
+    joint = row.get("joint")
+    if not isinstance(joint, str | None):
+        raise ValueError(f"{row.where}: field 'joint' must be a text, got {joint!r}")
+    check_text(joint or "", f"{row.where}: field 'joint'")
+    return joint
 
 
 def _counterfact(row: RawRow) -> EditRequest:

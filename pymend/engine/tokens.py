@@ -313,7 +313,7 @@ class Encoder:
 
     def probe(self, probe: Probe) -> Row:
         """Tokenise a locality or portability prompt."""
-        return self.row(probe.prompt, probe.answer)
+        return self.row(probe.prompt, probe.answer, probe.joint)
 
     def request(self, request: EditRequest) -> EncodedRequest:
         """Tokenise everything in ``request``."""
