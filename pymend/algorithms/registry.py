@@ -108,8 +108,9 @@ def load_editor(folder: str | Path, device: str | torch.device = "cpu") -> Train
         ValueError: an unknown kind, or damaged as ``Trainable.from_pretrained`` says.
     """
     from pymend.algorithms.trained import kind_of
-    from pymend.files import read_json
+    from pymend.files import expect_kind, read_json
 
+    expect_kind(folder, "editor")
     path = Path(folder) / "editor.json"
     try:
         cls = trainable(kind_of(read_json(path)))

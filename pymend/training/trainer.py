@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from itertools import islice
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -39,6 +40,7 @@ from pymend.progress import tqdm
 from pymend.training.episodes import EpisodeScores, Sampler, run_episodes
 from pymend.training.optim import EditorOptimizer
 
+ELSEWHERE = 8  # locality prompts that an editor remembers, to be asked beside an edit
 MAX_SKIPPED = 20  # steps in a row without a finite gradient before a run gives up
 PROGRESS = ("step", "best_step", "skipped", "skipped_in_row")  # counters that a checkpoint keeps
 
@@ -136,6 +138,8 @@ class Trainer(Generic[A]):
         if last is not None:
             self._load(last)
         algorithm.chat = chat
+        probes = (p.prompt for r in train_data for p in r.locality)
+        algorithm.elsewhere = tuple(islice(dict.fromkeys(probes), ELSEWHERE))
         self._start_log()
         if config.prefix_cache == "memory":
             with frozen(model):

@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from pymend.files import is_complete
+from pymend.files import expect_kind, is_complete, kind_of_folder
 from pymend.zoo import mini, smollm2
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -50,6 +50,8 @@ def load(
     local = Path(source).expanduser()
     if local.exists():
         source = str(local)
+        if kind_of_folder(local) not in ("", "model"):
+            expect_kind(local, "model")
     elif _looks_like_path(name):
         raise FileNotFoundError(
             f"model folder {name} does not exist; name a folder, a hub model, or smollm2"
