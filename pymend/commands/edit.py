@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -85,8 +86,10 @@ def edit(
         print(answers_table(answers))
         if isinstance(one, Edit):
             one.answers = answers
-            one.merge_(loaded)  # to know what survives the rounding
-            one.unmerge_(loaded)
+            with warnings.catch_warnings():  # to know what rounding would leave of it
+                warnings.simplefilter("ignore")
+                one.merge_(loaded)
+                one.unmerge_(loaded)
             name = slug(about[0].prompt, about[0].target, len(about) - 1)
             home = Path(output or HOME)
             place = home if output and len(made) == 1 else free(home / name)

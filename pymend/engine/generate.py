@@ -65,6 +65,30 @@ def _generated(
 
 
 @torch.no_grad()
+def followed(
+    model: Any, encoder: Encoder, rows: Sequence[Row], tokens: int, progress: bool = True
+) -> list[Row]:
+    """Every text of a decoder with what the model says behind it, greedily, as its answer.
+
+    Args:
+        tokens: that many at most; fewer at the end of a text or of the model's context.
+    """
+    by_length = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
+    end, found = encoder.tokenizer.eos_token_id, list(rows)
+    bar = tqdm(total=len(rows), desc="what follows", disable=not progress)
+    with frozen(model), bar:
+        for start in range(0, len(rows), TOGETHER):
+            batch = by_length[start : start + TOGETHER]
+            longest = max(len(rows[i].ids) for i in batch)
+            room = min(tokens, encoder.limit - longest) if encoder.limit else tokens
+            said = _generate(model, [rows[i].ids for i in batch], room) if room > 0 else []
+            for i, ids in zip(batch, said, strict=False):
+                found[i] = rows[i].followed(ids[: ids.index(end) + 1] if end in ids else ids)
+            bar.update(len(batch))
+    return found
+
+
+@torch.no_grad()
 def continuations(
     model: Any,
     encoder: Encoder,
@@ -107,7 +131,8 @@ def continuations(
                 draws = torch.stack(
                     [torch.rand(tokens, generator=streams[i], dtype=torch.float64) for i in batch]
                 )
-                new = _generate(model, [rows[i] for i in batch], _Choice(draws, ordinary, starts))
+                choice = _Choice(draws, ordinary, starts)
+                new = _generate(model, [rows[i] for i in batch], tokens, choice)
                 for i, ids in zip(batch, new, strict=True):
                     found[i] = _read_back(encoder, prompts[i], rows[i], ids)
                     bar.update(found[i] is not None or attempt == ATTEMPTS - 1)
@@ -140,8 +165,10 @@ class _Choice(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter(1, token.to(scores.device), 0)
 
 
-def _generate(model: Any, rows: Sequence[Sequence[int]], choice: _Choice) -> list[list[int]]:
-    """The tokens that ``choice`` makes the model put behind each row."""
+def _generate(
+    model: Any, rows: Sequence[Sequence[int]], tokens: int, choice: _Choice | None = None
+) -> list[list[int]]:
+    """The tokens that the model, or a ``choice`` among its own, puts behind each row."""
     width = max(map(len, rows))
     ids = torch.tensor([[*[0] * (width - len(r)), *r] for r in rows], device=model.device)
     length = torch.tensor([[len(r)] for r in rows], device=model.device)
@@ -150,9 +177,9 @@ def _generate(model: Any, rows: Sequence[Sequence[int]], choice: _Choice) -> lis
         input_ids=ids,
         attention_mask=mask,
         do_sample=False,
-        max_new_tokens=choice.draws.shape[1],
+        max_new_tokens=tokens,
         pad_token_id=0,
-        logits_processor=[choice],
+        logits_processor=[] if choice is None else [choice],
     )
     return out[:, width:].tolist()
 
