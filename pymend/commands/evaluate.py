@@ -42,6 +42,9 @@ def evaluate(
     ppl_text: Annotated[str | None, Flag("text for the perplexity drawdown", "FILE")] = None,
     batch_size: Annotated[int, Flag("edits in one pass", least=1)] = 16,
     n_edits: Annotated[int, Flag("simultaneous edits", least=1)] = 1,
+    read: Annotated[
+        int, Flag("records whose answers are read as a person would; 0: none", least=0)
+    ] = 0,
 ) -> None:
     """Measure a trained editor, or a rival."""
     from pymend.data import load_records
@@ -92,6 +95,10 @@ def evaluate(
         again = "; run the same command again to continue" if kept else ""
         raise KeyboardInterrupt(f"interrupted{again}") from None
     metrics = result.to_dict()
+    if read:
+        few = records[:read]
+        heard = evaluation.read(measured, loaded, tokenizer, few, batch_size=batch_size, chat=chat)
+        metrics["reads"] = heard.to_dict()
     print(metrics_table(metrics))
     print(metrics["protocol"])
     if file and kept:
