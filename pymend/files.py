@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,12 @@ def expect_kind(path: str | Path, wanted: str) -> None:
 def _a(kind: str) -> str:
     """The kind of a folder with its article."""
     return f"{'an' if kind[0] in 'ae' else 'a'} {kind}"
+
+
+def editor_folder(name: str | Path) -> Path:
+    """The folder of an editor: ``name`` itself, or of the one that ships for a model called so."""
+    shipped = Path(str(resources.files("pymend"))) / "editors" / name
+    return shipped if not Path(name).exists() and kind_of_folder(shipped) else Path(name)
 
 
 def cache_dir() -> Path:

@@ -27,6 +27,7 @@ from pymend.engine.tokens import Batch, Row
 from pymend.files import (
     digest,
     digest_of_tensors,
+    editor_folder,
     expect_kind,
     read_json,
     read_tensors,
@@ -193,8 +194,12 @@ class Trainable(Algorithm[E]):
 
     # -- files -------------------------------------------------------------------------------
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write ``editor.safetensors`` and ``editor.json`` into ``folder``, each atomically.
+
+        Args:
+            dtype: of the parameters in the file, bfloat16 for half its size; running moments stay
+                as they are. Read again, an editor computes in float32.
 
         Raises:
             PermissionError: ``folder`` cannot be written.
@@ -209,19 +214,22 @@ class Trainable(Algorithm[E]):
             "chat": self.chat,
             "elsewhere": list(self.elsewhere),
         }
-        write_tensors(path / "editor.safetensors", self.editor.state_dict(), digest(description))
+        tensors = self.editor.state_dict()
+        for name, _ in self.editor.named_parameters() if dtype else ():
+            tensors[name] = tensors[name].to(dtype)
+        write_tensors(path / "editor.safetensors", tensors, digest(description))
         write_json(path / "editor.json", description)
 
     @classmethod
     def from_pretrained(cls: type[A], folder: str | Path, device: str | torch.device = "cpu") -> A:
-        """Read what :meth:`save_pretrained` wrote.
+        """Read what :meth:`save_pretrained` wrote; or the editor that ships for a model's name.
 
         Raises:
             FileNotFoundError: no such editor.
             ValueError: an editor of another kind, a truncated file, foreign or missing keys, or
                 tensors of other shapes.
         """
-        path = Path(folder)
+        path = editor_folder(folder)
         expect_kind(path, "editor")
         description = read_json(path / "editor.json")
         if kind_of(description) != cls.kind:

@@ -8,13 +8,28 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pymend.files import atomic_dir, empty_dir
+from pymend.files import atomic_dir, editor_folder, empty_dir, kind_of_folder
 
 if TYPE_CHECKING:
     from pymend.edit import Edit
 
 HOME = "edits"  # where edits are saved if nobody says
 VLLM_RANK = 512  # the largest that vLLM serves
+
+
+def editor_of(editor: str | None, model: str) -> Path:
+    """The folder of the editor that was named, or that ships for ``model``.
+
+    Raises:
+        ValueError: none was named, and none ships.
+    """
+    found = editor_folder(editor or model)
+    if not editor and not kind_of_folder(found):
+        raise ValueError(
+            f"no editor ships for {model}; train one, once (pymend train --model {model} --data "
+            "...), and give its folder as --editor"
+        )
+    return found
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from pymend.commands.asking import (
     all_applied,
     answers_table,
     check_places,
+    editor_of,
     facts_table,
     free,
     merged,
@@ -32,12 +33,14 @@ MANY = 4  # facts of an edit above which only their prompts are asked
 
 
 def edit(
-    editor: Annotated[str, Flag("what train wrote", "DIR")],
     model: Model,
     machine: Machine,
     words: Annotated[
         tuple[str, ...], Flag("a prompt and its new answer", "PROMPT TARGET", positional=True)
     ] = (),
+    editor: Annotated[
+        str | None, Flag("what train wrote; default: the one that ships for the model", "DIR")
+    ] = None,
     strength: Annotated[float, Flag(STRENGTH)] = 1.0,
     prompt: Annotated[tuple[str, ...], Flag("may be repeated: several facts", "TEXT")] = (),
     target: Annotated[tuple[str, ...], Flag("new answer, one per prompt", "TEXT")] = (),
@@ -65,11 +68,14 @@ def edit(
     if facts == "independent" and (merge or peft):
         raise ValueError("independent edits go into no common model; apply those you want together")
 
+    model = model.of(editor)
+    found = editor_of(editor, model.model)
+
     from pymend.algorithms.registry import load_editor
     from pymend.edit import Edit
     from pymend.engine.tokens import Encoder
 
-    maker = load_editor(editor).scale_(strength)
+    maker = load_editor(found).scale_(strength)
     if not maker.low_rank and (output or merge or peft):
         raise ValueError(
             f"an edit of {maker.kind} cannot be saved or merged; "
