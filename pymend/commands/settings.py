@@ -23,8 +23,9 @@ from typer.core import TyperCommand
 
 from pymend.config import setting
 from pymend.errors import did_you_mean
+from pymend.zoo.recipes import RECIPES
 
-MODELS = "smollm2, bart-mini, t5-mini, bert-mini, gpt2-mini, a folder, or a hub name"
+MODELS = f"smollm2, {', '.join(RECIPES)}, a folder, or a hub name"
 DEFAULT = "smollm2"  # the model, if neither the command line nor an editor names one
 SETS = "a data set, a folder or a hub name: NAME[:CONFIG][:SPLIT]"
 KINDS = {int: "a whole number", float: "a number"}

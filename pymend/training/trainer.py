@@ -369,8 +369,11 @@ class Trainer(Generic[A]):
             kind = "has the foreign key" if name in state else "lacks"
             raise ValueError(f"{path / 'state.json'} {kind} {name}; choose another output folder")
         editor, optimizer = (read_tensors(file, digest(state)) for file in files)
-        if state["run"] != self.run_id:
-            parts, settings = _differences(state["run"], self.run_id)
+        known = state["run"]
+        if known["train"]["steps"] < self.config.steps:  # a run may go on for longer
+            known = {**known, "train": {**known["train"], "steps": self.config.steps}}
+        if known != self.run_id:
+            parts, settings = _differences(known, self.run_id)
             raise ValueError(
                 f"{path} is of another run: its {parts} differ ({settings}); "
                 "repeat that run's settings or choose another output folder"

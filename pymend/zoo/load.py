@@ -20,6 +20,7 @@ from transformers import (
 
 from pymend.files import expect_kind, is_complete, kind_of_folder
 from pymend.zoo import mini, smollm2
+from pymend.zoo.recipes import RECIPES
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -77,7 +78,7 @@ def load(
             raise ValueError(f"{source} holds no model that can be loaded: {reason}") from error
         raise RuntimeError(
             f"model {name!r} is no folder here and cannot be fetched from the hub ({reason}); "
-            f"without a hub there are smollm2, {', '.join(mini.RECIPES)}"
+            f"without a hub there are smollm2, {', '.join(RECIPES)}"
         ) from error
     if _only_fills_gaps(config):
         raise ValueError(
@@ -91,14 +92,14 @@ def locate(name: str, progress: bool = True) -> str:
     """Where transformers finds the model called ``name``; made first, if this package makes it."""
     if name == "smollm2":
         return str(smollm2.prepare())
-    return str(mini.make(name, progress=progress)) if name in mini.RECIPES else name
+    return str(mini.make(name, progress=progress)) if name in RECIPES else name
 
 
 def is_to_be_made(name: str) -> bool:
     """Whether ``name`` is a model that this package makes and has not made yet."""
     if name == "smollm2":
         return not is_complete(smollm2.folder())
-    return name in mini.RECIPES and not is_complete(mini.folder(name))
+    return name in RECIPES and not is_complete(mini.folder(name))
 
 
 def _auto(config: PretrainedConfig) -> Any:
