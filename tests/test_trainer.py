@@ -232,6 +232,17 @@ def test_resuming_a_finished_run_trains_no_more(finished: Path) -> None:
         assert torch.equal(a, b)
 
 
+def test_a_run_may_go_on_for_longer(finished: Path, tmp_path: Path) -> None:
+    """Under a constant rate it is the run that was longer from the start."""
+    longer = replace(SMALL, steps=SMALL.steps + 2)
+    trainer(tmp_path / "whole", longer).train()
+    trainer(finished, longer, resume=True).train()
+    a, b = (Mend.from_pretrained(x).editor.state_dict() for x in (tmp_path / "whole", finished))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    with pytest.raises(ValueError, match=r"train\.steps"):
+        trainer(finished, SMALL, resume=True)
+
+
 def test_resume_in_an_empty_folder_starts_anew(small_run: Path, tmp_path: Path) -> None:
     trainer(tmp_path, resume=True).train()
     assert_same_run(tmp_path, small_run)

@@ -80,12 +80,14 @@ class Machine:
     def load(self, name: str) -> tuple[Any, Any]:
         """The model ``name`` and its tokenizer, on this machine, set up so."""
         import torch
+        from huggingface_hub.utils.tqdm import enable_progress_bars
         from transformers.utils import logging as quiet
 
         from pymend.zoo.load import load
 
         quiet.set_verbosity_error()
         quiet.disable_progress_bar()
+        enable_progress_bars()  # of a download, which takes minutes
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # not every retry
         if self.threads is not None:
             torch.set_num_threads(self.threads)
