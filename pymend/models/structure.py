@@ -334,15 +334,18 @@ def _last_blocks(model: nn.Module, blocks: int) -> Iterator[tuple[str, nn.Module
 
 @dataclass(frozen=True)
 class Origin:
-    """What an edit was made for, as far as an adapter has to tell.
+    """What an edit was made for, and by what.
 
     ``name``: the folder or hub name that the model was loaded from. ``task``: PEFT's name of what
-    it does. ``experts``: some block keeps the matrices of its experts in one parameter.
+    it does. ``experts``: some block keeps the matrices of its experts in one parameter. ``chat``:
+    how prompts were put. ``editor``: what made the edit.
     """
 
     name: str = ""
     task: str = ""
     experts: bool = False
+    chat: bool | dict[str, Any] = False
+    editor: str = ""
 
     @classmethod
     def of(cls, model: nn.Module) -> Origin:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import RepositoryNotFoundError
 from transformers import (
     MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
@@ -18,10 +20,11 @@ from transformers import (
     PreTrainedModel,
 )
 
-from pymend.files import is_complete
+from pymend.files import expect_kind, is_complete, kind_of_folder
 from pymend.zoo import mini, smollm2
 from pymend.zoo.recipes import RECIPES
 
+HUB_SECONDS = 5  # until a hub that does not answer is given up
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -51,12 +54,14 @@ def load(
     local = Path(source).expanduser()
     if local.exists():
         source = str(local)
+        if kind_of_folder(local) not in ("", "model"):
+            expect_kind(local, "model")
     elif _looks_like_path(name):
         raise FileNotFoundError(
             f"model folder {name} does not exist; name a folder, a hub model, or smollm2"
         )
     # Asking the hub about a local folder would only cost time, or fail without a network.
-    offline = local.exists()
+    offline = local.exists() or not _asked_hub(source)
     precision = dtype if dtype == "auto" else getattr(torch, dtype)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=offline)
@@ -69,7 +74,7 @@ def load(
             use_safetensors=True,
         )
     except (OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = _reason(error)
         if local.exists():
             if any(local.glob("pytorch_model*.bin")) and not any(local.glob("*.safetensors")):
                 reason = "pytorch_model.bin is a pickle, which is not read; save it as safetensors"
@@ -98,6 +103,28 @@ def is_to_be_made(name: str) -> bool:
     if name == "smollm2":
         return not is_complete(smollm2.folder())
     return name in RECIPES and not is_complete(mini.folder(name))
+
+
+def _asked_hub(name: str) -> bool:
+    """Whether the hub was there to be asked and has the model; without it, only the cache counts.
+
+    Raises:
+        RuntimeError: it has no such model, or one that needs a permission.
+    """
+    try:
+        HfApi().model_info(name, timeout=HUB_SECONDS)
+    except RepositoryNotFoundError as error:
+        raise RuntimeError(
+            f"the hub has no model {name!r} that you may read; {_reason(error)}"
+        ) from error
+    except Exception:  # the errors of whatever library the hub's client is built on
+        return False
+    return True
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what an error says."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _auto(config: PretrainedConfig) -> Any:
