@@ -126,11 +126,12 @@ class Answer:
     """What the model says to a prompt beside an edit, and without it.
 
     ``kind``: the edited prompt, a rephrase, a neighbour (the same relation of another subject), or
-    what is unrelated. ``verdict``: took or missed, kept or changed.
+    what is unrelated. ``target`` is the fact's. ``verdict``: took or missed, kept or changed.
     """
 
     kind: str
     prompt: str
+    target: str
     before: str
     after: str
     verdict: str

@@ -78,20 +78,17 @@ def _asked(
     from pymend.edit import Answer
     from pymend.engine.generate import greedy
 
-    targets = {o.prompt: o.target for e in edits for o in e.outcomes}
-    asked = {text: "" for text in prompts}
-    if not prompts:
-        asked = {a.prompt: a.kind for e in edits for a in e.answers}
-        asked |= dict.fromkeys(targets, PROMPT)
+    known = {o.prompt: (PROMPT, o.target) for e in edits for o in e.outcomes}
+    asked = {a.prompt: (a.kind, a.target) for e in edits for a in e.answers} | known
+    if prompts:
+        asked = {text: known.get(text, ("", "")) for text in prompts}
     before = greedy(model, encoder, [*asked], tokens)
     with all_applied(model, edits):
         after = greedy(model, encoder, [*asked], tokens)
-    found = []
-    for (text, kind), b, a in zip(asked.items(), before, after, strict=True):
-        known = text in targets
-        said = verdict(PROMPT, targets[text], b, a) if known else "same" if a == b else "changed"
-        found.append(Answer(PROMPT if known else kind, text, b, a, said))
-    return found
+    return [
+        Answer(kind, text, target, b, a, verdict(kind, target, b, a))
+        for (text, (kind, target)), b, a in zip(asked.items(), before, after, strict=True)
+    ]
 
 
 def talk(model: Any, encoder: Any, edits: dict[str, Edit], tokens: int) -> None:

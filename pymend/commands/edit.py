@@ -151,7 +151,7 @@ def _look(
     with all_applied(model, edits):
         after = greedy(model, encoder, prompts, tokens)
     return tuple(
-        Answer(kind, text, b, a, verdict(kind, target, b, a))
+        Answer(kind, text, target, b, a, verdict(kind, target, b, a))
         for (kind, text, target), b, a in zip(asked, before, after, strict=True)
     )
 

@@ -52,6 +52,8 @@ def blockwise(names: Sequence[str]) -> list[str]:
 
 def memory(count: float) -> str:
     """A number of bytes in a unit that reads well."""
+    if count < 2**20:
+        return f"{count / 2**10:.0f} KiB"
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
 
