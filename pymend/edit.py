@@ -355,14 +355,17 @@ class Edit(BaseEdit):
                 m.value.copy_(self._backup[m.name, m.expert])
         stack.pop()
         self._backup = {}
-        config: Any = unwrapped(model).config
-        config.pymend = self._found
-        if self._found is None:
+        config: Any = getattr(unwrapped(model), "config", None)
+        if self._found is not None:
+            config.pymend = self._found
+        elif config is not None:
             del config.pymend
 
     def _mark(self, model: nn.Module) -> None:
         """Let a model's configuration, which is saved with it, say what is merged into it."""
-        config: Any = unwrapped(model).config
+        config: Any = getattr(unwrapped(model), "config", None)
+        if config is None:
+            return
         self._found = getattr(config, "pymend", None)
         before = self._found or {"base": self.fingerprint, "facts": []}
         facts = [*before["facts"], *([o.prompt, o.target] for o in self.outcomes)]
