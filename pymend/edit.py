@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import warnings
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pymend.engine.beside import Side, beside
+from pymend.engine.hooks import checked
 from pymend.errors import NonFiniteError
 from pymend.files import (
     digest,
@@ -63,23 +65,27 @@ class LowRank:
 
     def of(self, expert: int) -> LowRank:
         """What one of the experts changes by."""
-        return self if self.expert is None else self.rows(self.expert == expert)
+        if self.expert is None:
+            return self
+        own = self.expert == expert
+        return LowRank(self.u[own], self.delta[own], self.alpha)
 
     def norm(self) -> float:
-        """|alpha * sum_i d_i u_i^T| in the Euclidean norm, of experts that of one that has rows.
+        """|alpha * sum_i d_i u_i^T| in the Euclidean norm; of routed experts, of all together.
 
         From products of rows with rows: nothing of the weight's size is formed.
         """
-        u, delta = self.u.double(), self.delta.double()
-        same = (u @ u.T) * (delta @ delta.T)
         if self.expert is not None:
-            same = same * (self.expert[:, None] == self.expert)
-        return abs(float(self.alpha)) * float(same.sum().clamp(min=0).sqrt())
+            return math.hypot(*(self.of(e).norm() for e in self.expert.unique().tolist()))
+        few = self.compressed()
+        u, delta = few.u.double(), few.delta.double()
+        same = (u @ u.T) * (delta @ delta.T)
+        return abs(float(few.alpha)) * float(same.sum().clamp(min=0).sqrt())
 
     def compressed(self) -> LowRank:
-        """The same change in at most min(a, b) rows, up to rounding."""
+        """The same change in at most min(a, b) rows, up to rounding; routed rows stay."""
         n, a, b = len(self.u), self.u.shape[1], self.delta.shape[1]
-        if n <= min(a, b):
+        if n <= min(a, b) or self.expert is not None:
             return self
         if a <= b:
             q, r = torch.linalg.qr(self.u.double())
@@ -209,7 +215,7 @@ class Edit(BaseEdit):
         self.fidelity: float | None = None
         self._backup: dict[tuple[str, int | None], Tensor] = {}
         self._model: weakref.ref[nn.Module] | None = None
-        self._found: dict[str, Any] | None = None  # what the model's configuration said before
+        self._found: Any = None  # what the model's configuration said before
 
     @property
     def rank(self) -> int:
@@ -264,8 +270,18 @@ class Edit(BaseEdit):
         if self in _merged.get(unwrapped(model), []):
             raise RuntimeError("this edit is merged into this model and acts already")
         self.check(model)
-        with beside(model, self.weights, {w.name: self._side(w.name) for w in self.weights}):
+        sides = {w.name: self._side(w.name) for w in self.weights}
+        with ExitStack() as stack:
+            if any(w.experts for w in self.weights):  # they are given tokens, not texts
+                stack.enter_context(checked(unwrapped(model), self._check_rows))
+            stack.enter_context(beside(model, self.weights, sides))
             yield model
+
+    def _check_rows(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Refuse a batch that is not as many equal groups of rows as there are edits."""
+        given = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
+        if given is not None:
+            split_episodes(given[..., None], self.episodes)
 
     def _side(self, name: str) -> Side:
         """The output of a weight, changed by the edit."""
@@ -325,8 +341,8 @@ class Edit(BaseEdit):
                 raise
         self._backup = backup
         self._model = weakref.ref(model)
-        self._mark(model)
         _merged.setdefault(unwrapped(model), []).append(self)
+        self._mark(model)
         kept = self.fidelity = float(fidelity.min()) if len(fidelity) else 1.0
         if kept < LOSSY and seed is None:
             warnings.warn(
@@ -355,21 +371,20 @@ class Edit(BaseEdit):
                 m.value.copy_(self._backup[m.name, m.expert])
         stack.pop()
         self._backup = {}
-        config: Any = getattr(unwrapped(model), "config", None)
-        if self._found is not None:
-            config.pymend = self._found
-        elif config is not None:
-            del config.pymend
+        config = getattr(unwrapped(model), "config", None)
+        if config is not None:
+            vars(config).pop("pymend", None)
+            vars(config).update({} if self._found is None else {"pymend": self._found})
 
     def _mark(self, model: nn.Module) -> None:
         """Let a model's configuration, which is saved with it, say what is merged into it."""
-        config: Any = getattr(unwrapped(model), "config", None)
+        config = getattr(unwrapped(model), "config", None)
         if config is None:
             return
-        self._found = getattr(config, "pymend", None)
-        before = self._found or {"base": self.fingerprint, "facts": []}
-        facts = [*before["facts"], *([o.prompt, o.target] for o in self.outcomes)]
-        config.pymend = {**before, "facts": facts}
+        self._found = vars(config).get("pymend")
+        before = self._found if isinstance(self._found, dict) else {}
+        facts = [*before.get("facts", []), *([o.prompt, o.target] for o in self.outcomes)]
+        vars(config)["pymend"] = {"base": self.fingerprint, **before, "facts": facts}
 
     def _matrices(self, model: nn.Module) -> Iterator[Matrix]:
         """The matrices that the edit changes: of experts those that have rows, or all."""
@@ -575,7 +590,8 @@ def fingerprint(model: nn.Module, weights: Sequence[EditedWeight]) -> str:
             for (name, e), former in edit._backup.items():
                 if name == w.name:
                     own = slice(None) if e is None else places[0] == e
-                    sample[own] = former[places[-2][own], places[-1][own]]
+                    row, column = (x[own].to(former.device) for x in places[-2:])
+                    sample[own] = former[row, column].to(sample.device)
         sample = sample.to(torch.bfloat16).view(torch.int16).cpu()
         state.update(f"{w.name} {tuple(value.shape)}".encode() + sample.numpy().tobytes())
     return state.hexdigest()

@@ -43,7 +43,7 @@ def expect_kind(path: str | Path, wanted: str) -> None:
     if not Path(path).exists():
         raise FileNotFoundError(f"{path} does not exist; name a folder that holds {_a(wanted)}")
     found = kind_of_folder(path)
-    if found != wanted:
+    if not any(kind == wanted and (Path(path) / name).is_file() for name, kind in KINDS.items()):
         held = _a(found) if found else "nothing of the kind"
         raise ValueError(f"{path} holds {held}, not {_a(wanted)}; name another folder")
 
@@ -53,10 +53,15 @@ def _a(kind: str) -> str:
     return f"{'an' if kind[0] in 'ae' else 'a'} {kind}"
 
 
+def shipped_editor(model: str | Path) -> Path | None:
+    """The folder of the editor that ships for ``model``; None if none does."""
+    shipped = Path(str(resources.files("pymend"))) / "editors" / model
+    return shipped if kind_of_folder(shipped) == "editor" else None
+
+
 def editor_folder(name: str | Path) -> Path:
     """The folder of an editor: ``name`` itself, or of the one that ships for a model called so."""
-    shipped = Path(str(resources.files("pymend"))) / "editors" / name
-    return shipped if not Path(name).exists() and kind_of_folder(shipped) else Path(name)
+    return Path(name) if Path(name).exists() else shipped_editor(name) or Path(name)
 
 
 def cache_dir() -> Path:

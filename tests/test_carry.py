@@ -210,7 +210,7 @@ def test_an_edited_model_is_told_from_another_one(home: Path, tmp_path: Path) ->
     assert run("apply", edits()[0], "--merge", tmp_path / "merged") == 0
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     mend = Mend.from_pretrained("editor")
-    with pytest.warns(UserWarning, match=r"carries 1 edited fact\(s\) already; the new edit comes"):
+    with pytest.warns(UserWarning, match=r"carries 1 edited fact\(s\); the new edit comes"):
         mend.edit(merged, tokenizer(), B)
     with pytest.warns(UserWarning, match="trained on another model"):
         mend.edit(llama(seed=3), tokenizer(), B)
@@ -278,6 +278,14 @@ def test_several_facts_of_a_file(
         (["show", "model"], "model holds a model, not an edit"),
         (["list", "nowhere"], "no folder nowhere; pymend edit saves into edits"),
         (["apply"], "EDIT is missing"),
+        (["apply", *edits(), edits()[0]], "named twice, and would act twice"),
+        (["apply", edits()[0], "--prompt", "q", edits()[1]], "is a saved edit, not a prompt"),
+        (["edit", "a", "b", "--model", "model"], "no editor ships for model; train one, once"),
+        (
+            ["edit", "a", "b", "--editor", "editor", "--merge", "m", "--output", "m/e"],
+            "need folders of their own",
+        ),
+        (["edit", "a", "b", "--editor", "editor", "--merge", "edits"], "need folders of their own"),
     ],
 )
 def test_mistakes(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -302,6 +310,51 @@ def test_edits_of_other_models_and_ways(
     edit.save_pretrained(tmp_path / "elsewhere")
     assert run("apply", edits()[0], tmp_path / "elsewhere") == 2
     assert "the edits name elsewhere, model models; give --model" in capsys.readouterr().err
+
+
+def test_a_damaged_edit_does_not_hide_the_others(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Edit.from_pretrained(edits()[0]).save_pretrained(tmp_path / "whole")
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "edit.json").write_text('{"weights"')
+    assert run("list", tmp_path) == 0
+    out = capsys.readouterr().out
+    assert "whole" in out and "torn" in out and "cannot be read" in out
+
+
+def test_an_editor_and_an_edit_may_share_a_folder(home: Path, tmp_path: Path) -> None:
+    Mend.from_pretrained("editor").save_pretrained(tmp_path)
+    Edit.from_pretrained(edits()[0]).save_pretrained(tmp_path)
+    assert Mend.from_pretrained(tmp_path).weights == Edit.from_pretrained(tmp_path).weights
+
+
+def test_a_mark_that_somebody_else_made_spoils_nothing(home: Path) -> None:
+    model = llama()
+    model.config.pymend = {"v": 1}
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    edit = Edit.from_pretrained(edits()[0])
+    edit.merge_(model)
+    assert model.config.pymend["facts"] == [[A.prompt, A.target]]
+    edit.unmerge_(model)
+    assert model.config.pymend == {"v": 1}
+    edit.merge_(model)
+    del model.config.pymend
+    edit.unmerge_(model)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+def test_sequential_answers_are_told_from_the_edit_before(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "f.jsonl").write_text("\n".join(json.dumps(r.to_dict()) for r in (A, B)))
+    words = ["--data", tmp_path / "f.jsonl", "--facts", "sequential", "--output", tmp_path / "o"]
+    assert run("edit", *words, "--editor", "editor", "--model", "model") == 0
+    first, second = (Edit.from_pretrained(tmp_path / "o" / name_of(r)) for r in (A, B))
+    model = AutoModelForCausalLM.from_pretrained("model").eval()
+    prompts = [a.prompt for a in second.answers]
+    with first.applied(model):
+        assert [a.before for a in second.answers] == answers(model, prompts, 12)
+        with second.applied(model):
+            assert [a.after for a in second.answers] == answers(model, prompts, 12)
 
 
 def test_many_rows_are_compressed_exactly(tmp_path: Path) -> None:

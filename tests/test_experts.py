@@ -390,3 +390,48 @@ def test_a_replaced_forward_is_refused_by_name() -> None:
             module.forward = module.forward
     with pytest.raises(ValueError, match="MixtralExperts is replaced by another tool"):
         mend.edit(model, tiny.tokenizer(), tiny.facts(1)[0])
+
+
+@ways
+def test_contexts_may_end_in_any_order(way: str) -> None:
+    model, rows = model_of("mixtral", f64), rows_of(2)
+    _, many = edits(model, way, rows)
+    before = logits(model, rows)
+    first, second = many[0].applied(model), many[1].applied(model)
+    with many[1].applied(model):
+        alone = logits(model, rows)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert worst(logits(model, rows), alone) <= 1e-12
+    second.__exit__(None, None, None)
+    assert all(torch.equal(a, b) for a, b in zip(logits(model, rows), before, strict=True))
+    assert not any("forward" in vars(m) for m in model.modules())
+
+
+@ways
+def test_a_batch_that_does_not_split_is_refused(way: str) -> None:
+    """Experts are given tokens, of which there may be a fitting number."""
+    model, rows = model_of("mixtral"), rows_of(2)
+    _, many = edits(model, way, rows)
+    ids = torch.arange(4, 16).view(3, 4)
+    with many.applied(model), torch.no_grad():
+        with pytest.raises(ValueError, match="a batch of 3 rows does not split into 2 edits"):
+            model(input_ids=ids)
+        with pytest.raises(ValueError, match="a batch of 3 rows does not split into 2 edits"):
+            model(ids)
+        model(input_ids=ids[:2])
+
+
+def test_a_model_that_wears_an_adapter_of_its_experts() -> None:
+    """PEFT wraps the module once for each of its parameters."""
+    model, rows = model_of("mixtral"), rows_of(1)
+    mend, plain = edits(model, "routed", rows)
+    names = [w.name for w in mend.weights]
+    config = peft.LoraConfig(r=2, target_modules=[], target_parameters=names)
+    wearing = peft.get_peft_model(copy.deepcopy(model), config).eval()
+    assert [w.name for w in find_weights(wearing, ("routed",))] == names
+    with frozen(wearing), plain.applied(wearing):
+        worn = logits(wearing, rows)
+    with plain.applied(model):
+        assert worst(worn, logits(model, rows)) <= 1e-5  # a new adapter adds nothing

@@ -30,8 +30,9 @@ from tiny import (
 from pymend import Trainer, evaluate
 from pymend.algorithms.mend.mend import Mend
 from pymend.config import EditRequest, Probe, TrainConfig, from_json, to_json
+from pymend.engine.generate import followed
 from pymend.engine.hooks import frozen
-from pymend.engine.tokens import Encoder
+from pymend.engine.tokens import Encoder, Row
 from pymend.errors import NonFiniteError
 from pymend.report.plots import learning_curves
 from pymend.training.episodes import Sampler, run_episodes
@@ -796,3 +797,31 @@ def test_settings_that_came_later_are_left_out_at_their_default() -> None:
     assert not {"after", "c_after", "locality_rows"} & plain.keys()
     assert new["after"] == 3 and new["locality_rows"] == 2 and "c_after" not in new
     assert from_json(TrainConfig, plain, "x") == SMALL
+
+
+def test_what_follows_ends_where_the_model_ends(tmp_path: Path) -> None:
+    """At any of its ends, and what does not fit into the context is followed by nothing."""
+    model = gpt2()
+    encoder = Encoder.for_model(model, tokenizer())
+    rows = [encoder.row(r.prompt, r.target) for r in facts(6)]
+    long = Row(tuple(range(4, 4 + 30)), 28)
+    plain = followed(model, encoder, [*rows, long], 8, progress=False)
+    assert plain[-1] == long and all(
+        len(x.ids) > len(r.ids) for x, r in zip(plain, rows, strict=False)
+    )
+    said = [x.ids[len(r.ids) :] for x, r in zip(plain, rows, strict=False)]
+    end = said[0][1]
+    model.generation_config.eos_token_id = [3, end]
+    for row, before, now in zip(rows, said, followed(model, encoder, rows, 8, False), strict=True):
+        cut = before.index(end) + 1 if end in before else len(before)
+        assert now.ids[len(row.ids) :] == before[:cut]
+
+
+def test_a_refused_run_hears_nothing(small_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pymend.training.trainer.followed", lambda *_: pytest.fail("it was heard"))
+    before = sorted(small_run.rglob("*"))
+    with pytest.raises(FileExistsError, match="pass resume"):
+        trainer(small_run, replace(SMALL, after=3))
+    with pytest.raises(ValueError, match="one step needs 100 records"):
+        trainer(small_run, replace(SMALL, after=3, batch_size=100))
+    assert sorted(small_run.rglob("*")) == before

@@ -158,9 +158,10 @@ class Trainable(Algorithm[E]):
         self.check(model)
         own = fingerprint(model, self.weights)
         if self.model_fingerprint and self.model_fingerprint != own:
-            merged = getattr(unwrapped(model).config, "pymend", None) or {}
+            merged = getattr(getattr(unwrapped(model), "config", None), "pymend", None)
+            merged = merged if isinstance(merged, dict) else {}
             told = (
-                f"this model carries {len(merged['facts'])} edited fact(s) already; the new edit "
+                f"this model carries {len(merged.get('facts', []))} edited fact(s); the new edit "
                 "comes on top of them"
                 if merged.get("base") == self.model_fingerprint
                 else "this editor was trained on another model: the edited weights differ, so its "

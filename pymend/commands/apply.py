@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pymend.commands.asking import adapted, all_applied, answers_table, check_places, merged
 from pymend.commands.settings import MODELS, Flag, Machine
+from pymend.files import kind_of_folder
 
 if TYPE_CHECKING:
     from pymend.edit import Answer, Edit
@@ -34,6 +36,11 @@ def apply(
     """Use saved edits: ask the edited model, talk to it, merge or export."""
     if not edits:
         raise ValueError("name saved edits; pymend list shows those there are")
+    if len({Path(folder).resolve() for folder in edits}) < len(edits):
+        raise ValueError("an edit is named twice, and would act twice; name each once")
+    for text in prompt:
+        if kind_of_folder(text) == "edit":
+            raise ValueError(f"{text} is a saved edit, not a prompt; name edits before --prompt")
     check_places(merge, peft)
 
     from pymend.edit import Edit
@@ -56,7 +63,7 @@ def apply(
     if prompt or not chat:
         print(answers_table(_asked(loaded, encoder, loaded_edits, prompt, tokens)))
     if peft:
-        adapted(loaded_edits, peft, name)
+        adapted(loaded_edits, peft)
     if merge:
         merged(loaded, tokenizer, loaded_edits, merge)
     if chat:
@@ -65,7 +72,8 @@ def apply(
 
 def _one(found: set[str], what: str, flag: str) -> str:
     """The one that all edits name."""
-    if len(found) != 1 or not next(iter(found)):
+    found = found - {""}
+    if len(found) != 1:
         raise ValueError(f"the edits name {', '.join(sorted(found)) or 'no'} {what}; give {flag}")
     return found.pop()
 
@@ -74,12 +82,15 @@ def _asked(
     model: Any, encoder: Any, edits: Sequence[Edit], prompts: Sequence[str], tokens: int
 ) -> list[Answer]:
     """Answers to ``prompts``, or to what was asked when the edits were made."""
-    from pymend.data.around import PROMPT, verdict
+    from pymend.data.around import PROMPT, REPHRASE, verdict
     from pymend.edit import Answer
     from pymend.engine.generate import greedy
 
     known = {o.prompt: (PROMPT, o.target) for e in edits for o in e.outcomes}
-    asked = {a.prompt: (a.kind, a.target) for e in edits for a in e.answers} | known
+    # One's neighbour may be another's rephrase.
+    kinds = {a.prompt: (a.kind, a.target) for e in edits for a in e.answers}
+    wording = {a.prompt: (a.kind, a.target) for e in edits for a in e.answers if a.kind == REPHRASE}
+    asked = kinds | wording | known
     if prompts:
         asked = {text: known.get(text, ("", "")) for text in prompts}
     before = greedy(model, encoder, [*asked], tokens)
@@ -93,8 +104,6 @@ def _asked(
 
 def talk(model: Any, encoder: Any, edits: dict[str, Edit], tokens: int) -> None:
     """Answer what is typed, with the edits that act, until the input ends."""
-    from pymend.engine.generate import greedy
-
     acting, taken = dict(edits), dict[str, "Edit"]()
     print(HELP)
     while True:
@@ -121,12 +130,22 @@ def talk(model: Any, encoder: Any, edits: dict[str, Edit], tokens: int) -> None:
             acting[name] = edit
             print(f"acts again: {name}")
         elif word == "/before" and rest:
-            print(greedy(model, encoder, [rest], tokens)[0])
+            print(_answer(model, encoder, rest, tokens))
         elif word.startswith("/") or not line:
             print(HELP)
         else:
             with all_applied(model, acting.values()):
-                print(greedy(model, encoder, [line], tokens)[0])
+                print(_answer(model, encoder, line, tokens))
+
+
+def _answer(model: Any, encoder: Any, prompt: str, tokens: int) -> str:
+    """What the model says to ``prompt``, or why it cannot be asked that."""
+    from pymend.engine.generate import greedy
+
+    try:
+        return greedy(model, encoder, [prompt], tokens)[0]
+    except ValueError as error:  # too long a text ends no talk
+        return f"({error})"
 
 
 def _chosen(names: Sequence[str], number: str) -> str | None:

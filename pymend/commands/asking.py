@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pymend.files import atomic_dir, editor_folder, empty_dir, kind_of_folder
+from pymend.files import atomic_dir, editor_folder, empty_dir, shipped_editor, writable_dir
 
 if TYPE_CHECKING:
     from pymend.edit import Edit
@@ -23,8 +23,8 @@ def editor_of(editor: str | None, model: str) -> Path:
     Raises:
         ValueError: none was named, and none ships.
     """
-    found = editor_folder(editor or model)
-    if not editor and not kind_of_folder(found):
+    found = editor_folder(editor) if editor else shipped_editor(model)
+    if found is None:
         raise ValueError(
             f"no editor ships for {model}; train one, once (pymend train --model {model} --data "
             "...), and give its folder as --editor"
@@ -80,18 +80,25 @@ def free(folder: Path) -> Path:
     return taken
 
 
-def check_places(*places: str | None) -> None:
+def check_places(*places: str | None, home: str = "") -> None:
     """Refuse folders that cannot be filled, before any work.
 
+    Args:
+        home: where an edit is saved if the first of ``places`` is not given.
+
     Raises:
-        ValueError: two of them are the same.
+        ValueError: two of them are the same, or one lies in another.
         FileExistsError, PermissionError: as :func:`pymend.files.empty_dir`.
     """
     given = [Path(place).resolve() for place in places if place]
-    if len(set(given)) < len(given):
-        raise ValueError("--output, --merge and --peft need folders of their own; name others")
+    every = [*given, Path(home).resolve()] if home and not places[0] else given
+    for i, place in enumerate(every):
+        if any(place == other or place in other.parents for other in every[:i] + every[i + 1 :]):
+            raise ValueError("--output, --merge and --peft need folders of their own; name others")
     for place in given:
         empty_dir(place, make=False)
+    for place in every[len(given) :]:
+        writable_dir(place, make=False)
 
 
 def merged(model: Any, tokenizer: Any, edits: Sequence[Edit], folder: str) -> None:
@@ -110,7 +117,7 @@ def merged(model: Any, tokenizer: Any, edits: Sequence[Edit], folder: str) -> No
     print(f"the edited model is in {folder}")
 
 
-def adapted(edits: Sequence[Edit], folder: str, model: str) -> None:
+def adapted(edits: Sequence[Edit], folder: str) -> None:
     """Save all ``edits`` as one LoRA adapter, and say how to serve it."""
     import json
 
@@ -126,7 +133,7 @@ def adapted(edits: Sequence[Edit], folder: str, model: str) -> None:
         )
         return
     served = next(size for size in (8, 16, 32, 64, 128, 256, VLLM_RANK) if size >= rank)
-    name = Path(folder).name
+    name, model = Path(folder).name, edits[0].origin.name or "MODEL"
     print(
         f"serve it: vllm serve {model} --enable-lora --max-lora-rank {served} "
         f"--lora-modules {name}={folder}"

@@ -64,7 +64,7 @@ def edit(
 ) -> None:
     """Edit facts with a trained editor; show what changed around them; save the edit."""
     requests = _requests(words, prompt, target, data)
-    check_places(output, merge, peft)
+    check_places(output, merge, peft, home=HOME)
     if facts == "independent" and (merge or peft):
         raise ValueError("independent edits go into no common model; apply those you want together")
 
@@ -103,7 +103,7 @@ def edit(
             print(f"saved: {place}\n")
     every = [one for one, _ in made]
     if peft:
-        adapted(every, peft, model.model)
+        adapted(every, peft)
     if merge:
         merged(loaded, tokenizer, every, merge)
 
@@ -139,15 +139,16 @@ def _look(
     about: Sequence[EditRequest],
     tokens: int,
 ) -> tuple[Answer, ...]:
-    """Ask the model around the facts of an edit, without and with it."""
+    """Ask the model around the facts of the last of ``edits``, without and with it."""
     from pymend.data.around import FEW, around, verdict
     from pymend.edit import Answer
     from pymend.engine.generate import greedy
 
-    few = FEW if len(about) < MANY else 0
+    few = FEW if len(about) <= MANY else 0
     asked = [(*q, r.target) for r in about for q in around(r, maker.elsewhere, few)]
     prompts = [text for _, text, _ in asked]
-    before = greedy(model, encoder, prompts, tokens)
+    with all_applied(model, edits[:-1]):
+        before = greedy(model, encoder, prompts, tokens)
     with all_applied(model, edits):
         after = greedy(model, encoder, prompts, tokens)
     return tuple(

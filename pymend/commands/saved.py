@@ -51,14 +51,18 @@ def listed(
         raise FileNotFoundError(f"there is no folder {folder}; pymend edit saves into {HOME}")
     rows = []
     for path in sorted(p for p in (place, *place.iterdir()) if kind_of_folder(p) == "edit"):
-        about = _read(path)
+        try:
+            about = _read(path)
+        except ValueError as error:
+            rows.append((path.resolve().name, f"cannot be read: {error}", "", "", ""))
+            continue
         took = sum(o["success"] for o in about["outcomes"])
         facts = [f"{o['prompt']} {o['target']}" for o in about["outcomes"]]
         more = f" (and {len(facts) - 1} more)" if len(facts) > 1 else ""
         size = memory(sum(file.stat().st_size for file in path.iterdir()))
         model = about.get("origin", {}).get("name") or "unknown"
         said = f"{facts[0]}{more}" if facts else "unknown"
-        rows.append((path.name, said, f"{took}/{len(facts)}", size, Path(model).name))
+        rows.append((path.resolve().name, said, f"{took}/{len(facts)}", size, Path(model).name))
     print(
         table(("edit", "fact", "took", "size", "model"), rows) if rows else f"no edits in {place}"
     )

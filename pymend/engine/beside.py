@@ -7,14 +7,14 @@ module, whose forward is replaced by one that computes the same and is open betw
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pymend.engine.hooks import first_input, forward_hooks, forwards
+from pymend.engine.hooks import first_input, forward_hooks, opened
 from pymend.models.structure import EditedWeight, module_of
 from pymend.ops.products import frozen_linear
 
@@ -34,20 +34,23 @@ def beside(
         ValueError: something else has replaced the forward of experts.
     """
     hooks: dict[nn.Module, Callable[..., Any]] = {}
-    experts: dict[nn.Module, dict[str, list[Side]]] = {}
+    experts: dict[nn.Module, dict[str, Side]] = {}
     for w in weights:
         module, key = module_of(model, w.module), w.name.rpartition(".")[2]
         if w.experts:
-            own = key if w.routed else f"{key}, shared"
+            place = key if w.routed else f"{key}, shared"
             if getattr(module, "has_post_expert_norm", False) and not w.routed:
                 raise ValueError(
                     f"{w.name} is normalised behind every expert, so no change can be shared; edit "
                     "it routed"
                 )
-            experts.setdefault(module, {})[own] = [sides[w.name]]
+            experts.setdefault(module, {})[place] = sides[w.name]
         else:
             hooks[module] = partial(_beside, sides[w.name])
-    with forward_hooks(hooks), forwards({m: _Open(m, s) for m, s in experts.items()}):
+    with ExitStack() as stack:
+        stack.enter_context(forward_hooks(hooks))
+        for module, own in experts.items():
+            stack.enter_context(stack.enter_context(opened(module, _Open)).acting(own))
         yield
 
 
@@ -58,24 +61,24 @@ def _beside(side: Side, _module: nn.Module, args: Any, kwargs: Any, y: Tensor) -
 class _Open:
     """The forward of experts, with what acts beside their two products.
 
-    Args:
-        sides: by the parameter's name, behind which ", shared" stands where all experts change
-            alike: that change is linear in what a token's experts are given, so it is computed once
-            a token.
+    ``sides`` go by the parameter's name, behind which ", shared" stands where all experts change
+    alike: that change is linear in what a token's experts are given, so it is computed once for it.
     """
 
-    def __init__(self, module: Any, sides: Mapping[str, list[Side]]) -> None:
-        outer = vars(module).get("forward")
-        if outer is not None and not isinstance(outer, _Open):
-            raise ValueError(
-                f"the forward of {type(module).__name__} is replaced by another tool, so its "
-                "experts cannot be edited; remove that, or edit other weights"
-            )
-        former: Mapping[str, list[Side]] = outer.sides if outer else {}
-        self.module = module
-        self.sides: Mapping[str, list[Side]] = {
-            key: former.get(key, []) + sides.get(key, []) for key in {*former, *sides}
-        }
+    def __init__(self, module: Any) -> None:
+        self.module, self.users = module, 0
+        self.sides: dict[str, list[Side]] = {}
+
+    @contextmanager
+    def acting(self, sides: Mapping[str, Side]) -> Iterator[None]:
+        """``sides`` act as well inside."""
+        for key, side in sides.items():
+            self.sides.setdefault(key, []).append(side)
+        try:
+            yield
+        finally:
+            for key, side in sides.items():
+                self.sides[key].remove(side)
 
     def __call__(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         """What the module's own forward returns, [tokens, d], with what acts beside it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -86,21 +87,28 @@ def followed(
     """Every text of a decoder with what the model says behind it, greedily, as its answer.
 
     Args:
-        tokens: that many at most; fewer at the end of a text or of the model's context.
+        tokens: that many; fewer where it ends the text, none where they exceed the model's context.
     """
-    by_length = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
-    end, found = encoder.tokenizer.eos_token_id, list(rows)
-    bar = tqdm(total=len(rows), desc="what follows", disable=not progress)
+    fits = [i for i, r in enumerate(rows) if len(r.ids) + tokens <= (encoder.limit or math.inf)]
+    by_length = sorted(fits, key=lambda i: len(rows[i].ids))
+    found, ends = list(rows), _ends(model, encoder)
+    bar = tqdm(total=len(by_length), desc="what follows", disable=not progress)
     with frozen(model), bar:
-        for start in range(0, len(rows), HEARD_TOGETHER):
+        for start in range(0, len(by_length), HEARD_TOGETHER):
             batch = by_length[start : start + HEARD_TOGETHER]
-            longest = max(len(rows[i].ids) for i in batch)
-            room = min(tokens, encoder.limit - longest) if encoder.limit else tokens
-            said = _generate(model, [rows[i].ids for i in batch], room) if room > 0 else []
-            for i, ids in zip(batch, said, strict=False):
-                found[i] = rows[i].followed(ids[: ids.index(end) + 1] if end in ids else ids)
+            said = _generate(model, [rows[i].ids for i in batch], tokens)
+            for i, ids in zip(batch, said, strict=True):
+                last = next((n for n, x in enumerate(ids, 1) if x in ends), len(ids))
+                found[i] = rows[i].followed(ids[:last])
             bar.update(len(batch))
     return found
+
+
+def _ends(model: Any, encoder: Encoder) -> set[int]:
+    """The tokens at which the model ends a text; what comes behind them is padding."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    listed = own if isinstance(own, list | tuple) else [own]
+    return {x for x in (*listed, encoder.tokenizer.eos_token_id) if x is not None}
 
 
 @torch.no_grad()

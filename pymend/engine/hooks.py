@@ -6,13 +6,24 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, NamedTuple, TypeGuard, cast
+from typing import Any, NamedTuple, Protocol, TypeGuard, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from pymend.ops.products import frozen_linear
+
+
+class Shared(Protocol):
+    """A forward that several may have opened at once."""
+
+    users: int
+
+    def __init__(self, module: Any) -> None: ...
+
+
+O = TypeVar("O", bound=Shared)  # noqa: E741
 
 
 class Call(NamedTuple):
@@ -137,6 +148,46 @@ def is_plain(module: nn.Module | None) -> TypeGuard[nn.Linear]:
     forward = vars(module).get("forward")
     own = forward is None or getattr(forward, "func", None) is _linear  # set by ``frozen``
     return own and not any(hooks)
+
+
+@contextmanager
+def opened(module: nn.Module, kind: type[O]) -> Iterator[O]:
+    """The forward of ``module`` is one ``kind(module)``, shared by all who ask for it.
+
+    The last of them to leave gives the module its own forward back, whatever their order.
+
+    Raises:
+        ValueError: another tool has replaced the forward.
+    """
+    own = vars(module).get("forward")
+    if own is None:
+        own = vars(module)["forward"] = kind(module)
+    elif not isinstance(own, kind):
+        raise ValueError(
+            f"the forward of {type(module).__name__} is replaced by another tool, so it cannot be "
+            "edited inside; remove that, or edit other weights"
+        )
+    own.users += 1
+    try:
+        yield own
+    finally:
+        own.users -= 1
+        if not own.users and vars(module).get("forward") is own:
+            del vars(module)["forward"]
+
+
+@contextmanager
+def checked(module: nn.Module, check: Callable[[Any, Any], None]) -> Iterator[None]:
+    """``check`` sees the arguments of every call of ``module`` inside, before it runs."""
+
+    def hook(_module: nn.Module, args: Any, kwargs: Any) -> None:
+        check(args, kwargs)
+
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from pymend.models.presets import paper_weights
 
 KINDS = ("mlp", "attention", "all", "routed", "shared")  # matrices of a block
 EXPERTS = KINDS[3:]
-ROUTED = True  # how experts are edited where nobody says; docs/results/moe.md has both ways
+ROUTED = True  # how experts are edited where nobody says; docs/results has both ways
 PAPER = "paper"  # the paper's own list for the model at hand
 
 
@@ -80,8 +81,9 @@ def module_of(model: nn.Module, path: str) -> nn.Module:
         AttributeError: there is none.
     """
     module: nn.Module = unwrapped(model).get_submodule(path)
-    base = getattr(module, "base_layer", None)
-    return base if isinstance(base, nn.Module) else module
+    while isinstance(base := getattr(module, "base_layer", None), nn.Module):
+        module = base  # PEFT wraps experts once for each of their parameters
+    return module
 
 
 def _matrices(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module, int, int]]:
@@ -122,7 +124,8 @@ def _expert_weights(part: nn.Module, prefix: str = "") -> Iterator[tuple[EditedW
             count, b, a = p.shape
             flipped = bool(module.is_transposed)
             a, b = (b, a) if flipped else (a, b)
-            yield EditedWeight(f"{name}.{key}", name, a, b, flipped, 0, count, ROUTED), module
+            path = plain_name(f"{name}.")[:-1]
+            yield EditedWeight(f"{path}.{key}", path, a, b, flipped, 0, count, ROUTED), module
 
 
 def _experts(block: nn.Module, prefix: str) -> list[str]:
@@ -223,7 +226,7 @@ def stacks(model: nn.Module) -> dict[str, nn.Module]:
 
 def plain_name(name: str) -> str:
     """The name of a parameter as it is without an adapter of PEFT."""
-    return name.replace(".base_layer.", ".")
+    return re.sub(r"(\.base_layer)+\.", ".", name)
 
 
 def find_weights(
@@ -293,6 +296,11 @@ def find_weights(
         mode = sum(w.shape == found.shape for w in weights)
         routed = found.routed if kind not in EXPERTS else kind == "routed"
         weights.append(replace(found, mode=mode, routed=bool(found.experts) and routed))
+    if not weights:
+        raise ValueError(
+            f"none of {', '.join(sorted(chosen))} can be reached in {type(model).__name__}; name "
+            "other weights"
+        )
     return tuple(weights)
 
 

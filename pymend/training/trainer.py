@@ -58,7 +58,7 @@ class Trainer(Generic[A]):
     """Trains ``algorithm`` on ``train_data`` for ``model``, which is the same bits afterwards.
 
     A run that was interrupted or killed and then resumed equals one that was not, bit for bit on a
-    CPU.
+    CPU. Resumed with more steps it goes on for longer, at the rates of the new number from there on.
 
     Args:
         output: folder that receives the best editor (by validation loss; the last one without
@@ -99,12 +99,25 @@ class Trainer(Generic[A]):
         edits = algorithm.n_edits
         train = encoder.requests(train_data)
         held_out = encoder.requests(eval_data[: config.eval_records])
+        kept = config.locality_rows
+        self.sampler = Sampler(train, edits, config.batch_size, config.seed, kept)
         self.output = writable_dir(output)
+        self.checkpoints = self.output / "checkpoints"
+        last = self._last_checkpoint()
+        if last is not None and not resume:
+            raise FileExistsError(
+                f"{self.output} holds the checkpoint {last.name}; pass resume to continue it, or "
+                "choose another output folder"
+            )
+        if last is None and (self.output / "editor.json").exists():
+            raise FileExistsError(
+                f"{self.output} holds an editor, and no checkpoint to continue it from; move it "
+                "away or choose another output folder"
+            )
         if config.after:
             train = self._followed(encoder, train)
             held_out = self._followed(encoder, held_out)
-        kept = config.locality_rows
-        self.sampler = Sampler(train, edits, config.batch_size, config.seed, kept)
+            self.sampler = Sampler(train, edits, config.batch_size, config.seed, kept)
         # Validation sees the same episodes every time.
         whole = len(held_out) // edits * edits
         groups = [held_out[i : i + edits] for i in range(0, whole, edits)]
@@ -124,24 +137,12 @@ class Trainer(Generic[A]):
         self.eval_replay = algorithm.replay(model, keep=True)
         self.optimizer = EditorOptimizer(algorithm, config)
 
-        self.checkpoints = self.output / "checkpoints"
         self.step = 0
         self.best_loss = math.inf
         self.best_step = 0
         self.skipped = 0
         self.skipped_in_row = 0
         self._stop = False
-        last = self._last_checkpoint()
-        if last is not None and not resume:
-            raise FileExistsError(
-                f"{self.output} holds the checkpoint {last.name}; pass resume to continue it, or "
-                "choose another output folder"
-            )
-        if last is None and (self.output / "editor.json").exists():
-            raise FileExistsError(
-                f"{self.output} holds an editor, and no checkpoint to continue it from; move it "
-                "away or choose another output folder"
-            )
         if last is not None:
             self._load(last)
         algorithm.chat = chat
@@ -370,7 +371,7 @@ class Trainer(Generic[A]):
             raise ValueError(f"{path / 'state.json'} {kind} {name}; choose another output folder")
         editor, optimizer = (read_tensors(file, digest(state)) for file in files)
         known = state["run"]
-        if known["train"]["steps"] < self.config.steps:  # a run may go on for longer
+        if known["train"]["steps"] < self.config.steps:  # the rate follows the new number
             known = {**known, "train": {**known["train"], "steps": self.config.steps}}
         if known != self.run_id:
             parts, settings = _differences(known, self.run_id)
