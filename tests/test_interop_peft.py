@@ -180,7 +180,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     base = ["edit", "--model", tmp_path / "model", "--editor", tmp_path / "editor"]
     base += ["--prompt", request.prompt, "--target", request.target]
     base += ["--output", tmp_path / "edit", "--peft"]
-    assert main(list(map(str, [*base, tmp_path]))) == 2
+    assert main(list(map(str, [*base, tmp_path / "model"]))) == 2
     assert "is not empty; choose a new folder" in capsys.readouterr().err
     assert main(list(map(str, [*base, tmp_path / "adapter"]))) == 0
     assert f"the adapter is in {tmp_path / 'adapter'}" in capsys.readouterr().out
