@@ -21,7 +21,7 @@ from pymend.engine.tokens import IGNORE, Encoder
 from pymend.models.structure import find_weights
 from pymend.zoo import mini
 from pymend.zoo.lessons import Course, lessons
-from pymend.zoo.load import load
+from pymend.zoo.load import load, locate
 
 KINDS = tuple(mini.RECIPES)
 DECODERS = ("gpt2-mini", "moe-mini")
@@ -205,6 +205,13 @@ def test_the_command_makes_and_lists(cache: Path, capsys: pytest.CaptureFixture[
 def test_a_model_is_loaded_by_its_name(cache: Path) -> None:
     model, tokenizer = load("gpt2-mini")
     assert model.config.model_type == "gpt2" and len(tokenizer) == model.config.vocab_size
+
+
+def test_a_place_in_another_cache_stands_for_the_model(cache: Path) -> None:
+    place = mini.make("gpt2-mini", progress=False)
+    elsewhere = f"/nobody/.cache/pymend/{place.name}"
+    assert locate(elsewhere) == str(place) == locate("gpt2-mini")
+    assert locate(str(place)) == str(place) and locate("/nobody/model") == "/nobody/model"
 
 
 @pytest.mark.parametrize("name", KINDS)

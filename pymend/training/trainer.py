@@ -58,7 +58,7 @@ class Trainer(Generic[A]):
     """Trains ``algorithm`` on ``train_data`` for ``model``, which is the same bits afterwards.
 
     A run that was interrupted or killed and then resumed equals one that was not, bit for bit on a
-    CPU. Resumed with more steps it goes on for longer, at the rates of the new number from there on.
+    CPU. Resumed with more steps it goes on for longer, at the rates of the new number from then on.
 
     Args:
         output: folder that receives the best editor (by validation loss; the last one without

@@ -92,7 +92,14 @@ def load(
 
 
 def locate(name: str, progress: bool = True) -> str:
-    """Where transformers finds the model called ``name``; made first, if this package makes it."""
+    """Where transformers finds the model called ``name``; made first, if this package makes it.
+
+    A place in a cache, which an edit remembers, stands for such a model on another machine, too.
+    """
+    if not Path(name).exists():
+        kept = {mini.folder(small).name: small for small in RECIPES}
+        kept[smollm2.folder().name] = "smollm2"
+        name = kept.get(Path(name).name, name)
     if name == "smollm2":
         return str(smollm2.prepare())
     return str(mini.make(name, progress=progress)) if name in RECIPES else name
