@@ -56,9 +56,9 @@ SIZES: dict[str, Any] = {
     **_each("encoder_ffn_dim decoder_ffn_dim hidden_dim feed_forward_size mlp_dim", 48),
     **_each("dense_intermediate_size intermediate_size_mlp speech_encoder_intermediate_size", 48),
     **_each("t2u_encoder_ffn_dim t2u_decoder_ffn_dim", 48),
-    **_each("moe_intermediate_size expert_ffn_hidden_size", 20),
-    **_each("shared_expert_intermediate_size moe_shared_expert_intermediate_size", 28),
-    **_each("shared_intermediate_size shared_experts_intermediate_size", 28),
+    **_each("moe_intermediate_size expert_ffn_hidden_size", 40),
+    **_each("shared_expert_intermediate_size moe_shared_expert_intermediate_size", 44),
+    **_each("shared_intermediate_size shared_experts_intermediate_size", 44),
     **_each("num_attention_heads n_head n_heads num_heads attention_heads", HEADS),
     **_each("encoder_attention_heads decoder_attention_heads swa_num_attention_heads", HEADS),
     **_each("num_encoder_attention_heads num_decoder_attention_heads", HEADS),
@@ -76,7 +76,7 @@ SIZES: dict[str, Any] = {
     **_each("num_experts num_local_experts n_routed_experts moe_num_experts", 4),
     **_each("num_experts_per_tok num_experts_per_token moe_topk moe_top_k moe_k", 2),
     **_each("n_group num_expert_group topk_group first_k_dense_replace num_dense_layers", 1),
-    **_each("encoder_sparse_step decoder_sparse_step num_mem_blocks", 1),
+    **_each("num_mem_blocks", 1),
     **_each("mamba_n_heads mamba_num_heads mamba_headdim mamba_head_dim mamba_d_head", 8),
     **_each("mamba_d_state state_size ssm_state_size mamba_chunk_size chunk_size", 8),
     **_each("mamba_dt_rank time_step_rank router_hidden_size", 6),
@@ -110,6 +110,7 @@ TOKENS |= {"eos_token_id": EOS, "eos_index": EOS}
 KEY_VALUES = {"num_key_value_heads", "swa_num_key_value_heads", "num_kv_heads", "kv_n_heads"}
 
 # What an architecture needs besides: values that do not follow from a size, or sizes that must agree.
+SPARSE = ("num_sparse_encoder_layers", "num_sparse_decoder_layers")
 HYBRID = ["linear_attention", "full_attention", "linear_attention"] * 2
 MIXED = ["linear_attention", "hybrid", "linear_attention"] * 2
 ROPE = {"full_attention": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
@@ -131,6 +132,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"] * 2,
         "num_hidden_layers": LAYERS + 1,
     },
+    **dict.fromkeys(("gemma4_text", "gemma4_unified_text"), {"global_head_dim": 16}),
     "gpt_neo": {"attention_types": [[["global", "local"], 2], [["global"], 1]]},
     "granitemoehybrid": {"layer_types": HYBRID[:LAYERS]},
     "layoutlmv3": {"coordinate_size": 6, "shape_size": 4},
@@ -139,6 +141,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "mamba2": {"head_dim": 16},
     "longcat_flash": {"head_dim": 4, "zero_expert_num": 2},
     "mobilebert": {"intra_bottleneck_size": 24},
+    "nllb-moe": {"encoder_sparse_step": 2, "decoder_sparse_step": 2},
     "nemotron": {"num_key_value_heads": 2},
     "qwen4_exp_text": {
         "indexer_n_heads": 2,
@@ -156,7 +159,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "squeezebert": {"embedding_size": WIDTH},
     "xlstm": {"hidden_size": 64, "embedding_dim": 64, "qk_dim_factor": 1.0},
     "xmod": {"default_language": "en_XX"},
+    "switch_transformers": dict.fromkeys(SPARSE, 1),
     "zamba": {
+        "intermediate_size": 96,
         "layers_block_type": MIXED,
         "num_hidden_layers": LAYERS + 1,
         "attention_hidden_size": 2 * WIDTH,
@@ -184,6 +189,8 @@ def _small(full: PreTrainedConfig) -> PreTrainedConfig:
     for key, value in values.items():
         if isinstance(value, PreTrainedConfig):
             small[key] = _small(value)
+        elif key in ("is_decoder", "add_cross_attention") and value:
+            small[key] = value  # of a part
         elif key in KEY_VALUES and value:
             small[key] = HEADS if value == heads else min(value, 2)
         elif key in SIZES and value:

@@ -64,11 +64,15 @@ def examine(kind: str, name: str, at: Callable[[str], None]) -> Result:
         # A refusal is an answer here: these weights were asked for.
         findings += [(f"{asked}: {step}", w, text) for step, w, text in others if w in FAULTS]
     at("full size")
-    real = _short(find_weights(full_size(kind, name))) if edits else edits
-    if {*real} != {*edits}:
-        text = f"{', '.join(edits)} are edited, at full size {', '.join(real)}"
+    try:
+        full = full_size(kind, name)
+    except Exception:  # defaults that do not fit together
+        full = model
+    real = _short(find_weights(full)) if edits else edits
+    if not findings and not {*real} <= {*edits}:
+        text = f"{', '.join(real)} are edited at full size, tried were {', '.join(edits)}"
         findings.append(("weights", "wrong", text))
-    result |= {"verdict": "passed", "reason": "", "edits": edits}
+    result |= {"verdict": "passed", "reason": "", "edits": real}
     result |= {"prefix": trial.prefix, "texts": trial.texts, "peft": trial.peft}
     if findings:
         step, what, text = min(findings, key=lambda f: VERDICTS.index(f[1]))
@@ -115,7 +119,12 @@ def _child(kind: str, name: str, connection: Connection) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # models print
     os.dup2(1, 2)
     torch.set_num_threads(1)
-    connection.send(examine(kind, name, connection.send))
+    try:
+        found = examine(kind, name, connection.send)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        found = {"kind": kind, "name": name, "verdict": "crash", "reason": reason}
+    connection.send(found)
 
 
 def stamp() -> str:

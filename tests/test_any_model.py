@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import architectures
 import peft
 import pytest
 import tiny
@@ -78,6 +79,21 @@ def test_classes_do_not_depend_on_batch_mates(
         assert many.outcomes[i].probability_before == pytest.approx(probability, rel=1e-4)
         after = alone.outcomes[0].probability_after
         assert many.outcomes[i].probability_after == pytest.approx(after, rel=1e-3)
+
+
+def test_a_classifier_without_a_padding_id_takes_one_text_at_a_time() -> None:
+    """Transformers cannot find the ends of several texts then, even of equal length."""
+    sizes = {**LLAMA, "initializer_range": 0.3}
+    model, text = classifier("llama", **sizes), tiny.tokenizer(end=True)
+    assert model.config.pad_token_id is None
+    mend = tiny.tiny_mend(model, norm=False)
+    alike = [EditRequest("da de di", "0"), EditRequest("fe fi fo", "1")]
+    assert mend.edit(model, text, alike[0]).outcomes
+    for requests in (alike, claims()):
+        with pytest.raises(ValueError, match=r"LlamaFor.* takes one text at a time .*pad_token_id"):
+            mend.edit_many(model, text, requests)
+    model.config.pad_token_id = 0
+    assert len(mend.edit_many(model, text, claims()).outcomes) == 3
 
 
 # -- the frozen prefix proves itself ---------------------------------------------------------------
@@ -190,17 +206,17 @@ def test_attention_rows_do_not_depend_on_batch_mates() -> None:
 
 
 class Routed(nn.Module):
-    """Runs ``inner`` on every other token, as an expert is run."""
+    """Runs ``inner`` on every other token of a text, as an expert is run."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
         self.inner = inner
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        out = torch.zeros_like(flat)
-        out[1::2] = self.inner(flat[1::2])
-        return out.view(x.shape)
+        sent = x[:, 1::2]
+        out = torch.zeros_like(x)
+        out[:, 1::2] = self.inner(sent.flatten(0, 1)).view(sent.shape)
+        return out
 
 
 def test_modules_that_see_some_of_the_tokens_are_not_mixed() -> None:
@@ -240,6 +256,23 @@ def test_attention_is_never_taken_for_an_mlp(name: str, inside: str) -> None:
     beside = left_out(model, weights)
     assert any("attn" in n or "attention" in n or "mamba" in n for n in beside)
     assert not {w.module for w in weights} & beside.keys()
+
+
+def test_a_layer_that_returns_more_than_its_product_is_refused_by_name() -> None:
+    """Llama 4's routers are linear layers that return a pair."""
+    model = tiny.llama()
+
+    class Pair(nn.Linear):
+        def forward(self, x: torch.Tensor) -> Any:
+            y = super().forward(x)
+            return y, y
+
+    mlp = model.model.layers[-1].mlp
+    mlp.router = Pair(HIDDEN, 4)
+    mlp.register_forward_pre_hook(lambda module, args: module.router(args[0]) and None)
+    mend = tiny.tiny_mend(model, edit=("*.3.mlp.*",), norm=False)
+    with pytest.raises(ValueError, match=r"router\.weight returns more than its product"):
+        mend.edit(model, tiny.tokenizer(), tiny.facts(1)[0])
 
 
 @pytest.mark.parametrize("name", ["gpt_oss", "mixtral", "minimax_m2", "olmoe"])
@@ -371,6 +404,21 @@ def test_peft_would_take_shared_experts_for_experts() -> None:
     mend = tiny.tiny_mend(model, norm=False)
     edit = mend.edit(model, tiny.tokenizer(), tiny.facts(1)[0])
     with pytest.raises(ValueError, match="PEFT takes down_proj, gate_proj, up_proj of a model"):
+        edit.to_peft("adapter")
+
+
+def test_peft_would_take_longcats_mlp_for_experts() -> None:
+    """Some of its experts do nothing and have no way down."""
+    model = architectures.build("causal", "longcat_flash")
+    edit = tiny.seasoned_mend(model).edit(model, tiny.tokenizer(), tiny.facts(1)[0])
+    with pytest.raises(ValueError, match="PEFT takes down_proj, gate_proj, up_proj of a model"):
+        edit.to_peft("adapter")
+
+
+def test_peft_loads_no_adapter_of_mambas_way_out() -> None:
+    model = architectures.build("causal", "mamba")
+    edit = tiny.seasoned_mend(model).edit(model, tiny.tokenizer(), tiny.facts(1)[0])
+    with pytest.raises(ValueError, match="no adapter of out_proj of a model of the type mamba;"):
         edit.to_peft("adapter")
 
 

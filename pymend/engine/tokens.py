@@ -133,13 +133,16 @@ class Batch:
     target: Tensor
 
     @classmethod
-    def of(cls, rows: Sequence[Row], device: torch.device | str = "cpu", padding: int = 0) -> Batch:
+    def of(
+        cls, rows: Sequence[Row], device: torch.device | str = "cpu", padding: int | None = None
+    ) -> Batch:
         """Pad ``rows`` on the right.
 
         Args:
-            padding: the model's own padding token. Padding is masked and carries no label, but a
-                decoder that classifies looks for its last token by that id.
+            padding: the model's own padding token, if it knows one. Padding is masked and carries
+                no label, but a decoder that classifies looks for its last token by that id.
         """
+        padding = padding or 0
         ids, mask = _padded([r.prefix for r in rows], padding)
         inputs = {"input_ids": ids, "attention_mask": mask}
         if rows[0].source:
@@ -157,11 +160,11 @@ class Batch:
         return cls(tuple(rows), on_device, row, position, target)
 
 
-def padding_of(model: torch.nn.Module) -> int:
-    """The id that ``model`` knows as padding, of its text part; 0 if it knows none."""
+def padding_of(model: torch.nn.Module) -> int | None:
+    """The id that ``model`` knows as padding, of its text part; None if it knows none."""
     config: Any = getattr(model, "config", None)
     found = getattr(config.get_text_config(), "pad_token_id", None) if config else None
-    return found if isinstance(found, int) and found >= 0 else 0
+    return found if isinstance(found, int) and found >= 0 else None
 
 
 def _padded(rows: Sequence[tuple[int, ...]], padding: int) -> tuple[Tensor, Tensor]:

@@ -140,8 +140,8 @@ def _holds_experts(block: nn.Module) -> bool:
     """Whether some module of a block has the ways up and down of experts as two parameters."""
     for module in block.modules():
         shapes = [p.shape for p in module._parameters.values() if p is not None and p.dim() == 3]
-        for (count, *up), (same, a, b) in product(shapes, shapes):
-            if count == same and {*up} in ({2 * a, b}, {2 * b, a}):
+        for (_, *up), (_, a, b) in product(shapes, shapes):  # LongCat's ways down are fewer
+            if {*up} in ({2 * a, b}, {2 * b, a}):
                 return True
     return False
 
@@ -288,7 +288,7 @@ def find_weights(
         if any(module_of(model, n.rpartition(".")[0]) is not module for n in others):
             raise ValueError(
                 f"{name} is also {others[0]}, so an edit would act in both when merged and in one "
-                "when applied; leave it out"
+                "when applied; name other weights"
             )
         mode = sum(w.shape == found.shape for w in weights)
         routed = found.routed if kind not in EXPERTS else kind == "routed"
@@ -337,12 +337,14 @@ class Origin:
     """What an edit was made for, as far as an adapter has to tell.
 
     ``name``: the folder or hub name that the model was loaded from. ``task``: PEFT's name of what
-    it does. ``experts``: some block keeps the matrices of its experts in one parameter.
+    it does. ``experts``: some block keeps the matrices of its experts in one parameter. ``kind``:
+    its model type.
     """
 
     name: str = ""
     task: str = ""
     experts: bool = False
+    kind: str = ""
 
     @classmethod
     def of(cls, model: nn.Module) -> Origin:
@@ -356,7 +358,8 @@ class Origin:
         for prefix, part in stacks(inner).items():
             with suppress(ValueError):
                 experts |= any(_holds_experts(b) for b in find_blocks(part, prefix)[1])
-        return cls(str(getattr(inner, "name_or_path", "") or ""), task, experts)
+        kind = getattr(getattr(inner, "config", None), "model_type", "")
+        return cls(str(getattr(inner, "name_or_path", "") or ""), task, experts, str(kind))
 
 
 def left_out(model: nn.Module, weights: Sequence[EditedWeight]) -> dict[str, str]:
