@@ -91,7 +91,11 @@ def _short(weights: Iterable[EditedWeight]) -> list[str]:
 
 def run(kind: str, name: str) -> Result:
     """:func:`examine` in a process of its own; what takes that down is a crash in its last step."""
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    os.environ |= {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        "PYMEND_KERNELS": "all",  # as in all tests
+        "HF_HUB_OFFLINE": "1",
+    }
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["sweep"])
     ours, theirs = context.Pipe(duplex=False)

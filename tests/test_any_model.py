@@ -179,6 +179,34 @@ def test_a_model_that_padding_changes_takes_facts_of_one_length() -> None:
         mend.edit_many(model, text, [first, longer])
 
 
+def test_what_padding_does_is_asked_again_where_texts_are_longer() -> None:
+    """CANINE pools four characters, so of five and seven it shows nothing."""
+    model, text = architectures.build("classification", "canine"), tiny.tokenizer(end=True)
+    mend = tiny.tiny_mend(model, norm=False)
+    assert mend.edit(model, text, EditRequest("da de di do du fa", "0")).outcomes
+    with pytest.raises(ValueError, match="CanineFor.* takes no texts of unequal length"):
+        mend.edit_many(model, text, claims())
+
+
+def test_a_head_that_is_not_given_rows_of_tokens_gets_whole_rows() -> None:
+    """ProphetNet's is given what predicts one token ahead beside what predicts two."""
+    model, text = architectures.build("seq2seq", "prophetnet"), tiny.tokenizer(end=True)
+    requests = [EditRequest("da de di do du", "fa"), EditRequest("fe fi fo fu ga", "go")]
+    mend = tiny.tiny_mend(model, norm=False)
+    outcomes = mend.edit_many(model, text, requests).outcomes
+    for request, outcome in zip(requests, outcomes, strict=True):
+        source, answer = (text(x).input_ids for x in (request.prompt, request.target))
+        ids = torch.tensor([[model.config.decoder_start_token_id, *answer[:-1]]])
+        with torch.no_grad():
+            logits = model(torch.tensor([source]), decoder_input_ids=ids).logits[0]
+        chosen = logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])
+        wanted = float(chosen.mean().exp())
+        assert outcome.probability_before == pytest.approx(wanted, rel=1e-4)
+    longer = EditRequest("fe fi fo fu ga", "go gu")
+    with pytest.raises(ValueError, match="takes no texts of unequal length"):
+        mend.edit_many(model, text, [requests[0], longer])  # its decoder looks at padding
+
+
 # -- rows ------------------------------------------------------------------------------------------
 
 
@@ -223,10 +251,63 @@ def test_modules_that_see_some_of_the_tokens_are_not_mixed() -> None:
     model, text = tiny.llama(), tiny.tokenizer()
     model.model.layers[-1].mlp = Routed(model.model.layers[-1].mlp)
     mend = tiny.tiny_mend(model, edit=("*.3.mlp.*",), norm=False)
-    requests = [EditRequest("da de di", "ba"), EditRequest("fe fi fo", "be")]
+    requests = [EditRequest("da de di do du", "ba"), EditRequest("fe fi fo fu fa", "be")]
     assert mend.edit(model, text, requests[0]).outcomes
     with pytest.raises(ValueError, match=r"layers\.3\.mlp.* is given .* edits would be mixed"):
         mend.edit_many(model, text, requests)
+
+
+def test_as_many_texts_as_tokens_are_not_mixed_where_time_comes_first() -> None:
+    """XLNet's layers are given [tokens, texts, width], here of the same shape as the other way."""
+    model, text = architectures.build("causal", "xlnet"), tiny.tokenizer()
+    mend, draw = tiny.tiny_mend(model, norm=False), random.Random(0)
+    requests = [EditRequest(" ".join(draw.sample(tiny.WORDS, 5)), "ba") for _ in range(5)]
+    assert mend.edit(model, text, requests[0]).outcomes
+    with pytest.raises(ValueError, match="is given token after token, .* edits would be mixed"):
+        mend.edit_many(model, text, requests)
+
+
+class Twice(nn.Module):
+    """Runs ``inner`` a second time, on what nobody looks at."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.inner(x)
+        self.inner(2 * x)
+        return y
+
+
+def test_a_call_that_nobody_hears_adds_nothing() -> None:
+    model, text, request = tiny.llama(), tiny.tokenizer(), tiny.facts(1)[0]
+    plain = tiny.tiny_mend(model, edit=("*.3.mlp.*",), norm=False).edit(model, text, request)
+    model.model.layers[-1].mlp = Twice(model.model.layers[-1].mlp)
+    twice = tiny.tiny_mend(model, edit=("*.3.mlp.*",), norm=False).edit(model, text, request)
+    for f, g in zip(plain.factors.values(), twice.factors.values(), strict=True):
+        torch.testing.assert_close(f.u, g.u)
+        torch.testing.assert_close(f.delta, g.delta)
+
+
+class Silent(nn.Module):
+    """An MLP that has no say."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 0 * self.inner(x)
+
+
+def test_where_there_is_no_gradient_there_is_no_change() -> None:
+    model, text, request = tiny.llama(), tiny.tokenizer(), tiny.facts(1)[0]
+    model.model.layers[-1].mlp = Silent(model.model.layers[-1].mlp)
+    mend = tiny.seasoned_mend(model, edit=("*.3.*_proj.weight",))
+    edit = mend.edit(model, text, request)
+    assert [len(f.u) for name, f in edit.factors.items() if ".mlp." in name] == [0, 0, 0]
+    assert edit.rank > 0
 
 
 # -- which weights ---------------------------------------------------------------------------------
@@ -268,7 +349,7 @@ def test_a_layer_that_returns_more_than_its_product_is_refused_by_name() -> None
             return y, y
 
     mlp = model.model.layers[-1].mlp
-    mlp.router = Pair(HIDDEN, 4)
+    mlp.router = Pair(HIDDEN, 4, bias=False)
     mlp.register_forward_pre_hook(lambda module, args: module.router(args[0]) and None)
     mend = tiny.tiny_mend(model, edit=("*.3.mlp.*",), norm=False)
     with pytest.raises(ValueError, match=r"router\.weight returns more than its product"):

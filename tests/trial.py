@@ -38,7 +38,7 @@ CLOSE = 1e-4  # relative error of float32 through five random blocks
 EXACT = 1e-6  # of one product of matrices
 NOTHING = 1e-6  # share of the largest gradient below which one is rounding
 ADVICE = re.compile(r"; (otherwise )?(choose|edit|name|give|load|save|set|use|try|remove|leave)\b")
-UNEQUAL, EQUAL, SQUARE = (3, 9, 5), (5,) * 3, (5,) * 5  # words of the prompts
+UNEQUAL, EQUAL, SQUARE = (5, 12, 7), (6,) * 3, (5,) * 6  # words of the prompts
 TEXTS = ("any", "of one length", "one by one")  # which texts can be edited at once
 
 
@@ -193,10 +193,9 @@ class Trial:
         Also of as many as they have tokens: what puts time first has the same shape then.
         """
         assert self.mend is not None
-        square = self._rows(SQUARE if self.kind == "causal" else [n - 1 for n in SQUARE])
         if self.texts == TEXTS[2]:
             return
-        for several in (self._rows(self._lengths), square):
+        for several in (self._rows(self._lengths), self._rows(SQUARE)):
             try:
                 among = self._captured(self.mend, several)
             except ValueError as error:
@@ -422,12 +421,15 @@ class Trial:
     def _requests(self, lengths: Sequence[int]) -> list[EditRequest]:
         draw, found = random.Random(3), []
         for i, length in enumerate(lengths):
-            words = draw.sample(tiny.WORDS, 2 * length)
+            words = draw.sample(tiny.WORDS, 2 * length + 2)
+            target = " ".join(words[-1 - length % 2 :])  # one word or two
+            if self.kind == "classification":
+                target = str(i % CLASSES)
             found.append(
                 EditRequest(
                     prompt=" ".join(words[:length]),
-                    target=str(i % CLASSES) if self.kind == "classification" else draw.choice(tiny.WORDS),
-                    rephrases=(" ".join(words[length:]),),
+                    target=target,
+                    rephrases=(" ".join(words[length : 2 * length]),),
                     locality=(Probe(" ".join(draw.sample(tiny.WORDS, length))),),
                 )
             )

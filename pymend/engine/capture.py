@@ -25,7 +25,7 @@ from pymend.models.structure import EditedWeight, weight_of
 # Of the largest row of a weight in an episode: what is not above is the rounding of a zero. A key
 # that attends to itself alone has one: its gradient is a difference of equal sums.
 LIVE = {
-    dtype: torch.finfo(dtype).eps * (128 if dtype.itemsize > 2 else 1 / 8)
+    dtype: torch.finfo(dtype).eps * (512 if dtype.itemsize > 2 else 1 / 8)
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 }
 HALF_SCALE = 2.0**10  # keeps small float16 deltas above underflow; a power of two, so exact

@@ -40,8 +40,9 @@ class Verdict(NamedTuple):
     head: str = ""  # why it gets whole rows
 
 
-# Of every model, by the weights, the number of blocks below the cut and the padding id.
-_verdicts: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], Verdict]]
+# Of every model, by the weights, the number of blocks below the cut and the padding id; and of how
+# many tokens.
+_verdicts: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], tuple[int, Verdict]]]
 _verdicts = weakref.WeakKeyDictionary()
 
 
@@ -82,6 +83,7 @@ class Replay:
         self._live = 0
         self._padding_id = padding_of(model)
         self._verdict: Verdict | None = None  # not tried yet
+        self._tried_tokens = 0
 
     def batch(self, rows: Sequence[Row]) -> Batch:
         """``rows`` padded for this model, on its device.
@@ -96,7 +98,7 @@ class Replay:
             raise ValueError(
                 f"{name} takes one text at a time ({tried.alone}); {id_}edit facts one by one"
             )
-        if tried.mixed and len({len(r.prefix) for r in rows}) > 1:
+        if tried.mixed and len({(len(r.prefix), len(r.inputs)) for r in rows}) > 1:
             raise ValueError(
                 f"{name} takes no texts of unequal length at once ({tried.mixed}); edit facts one "
                 "by one, or give texts of equal length"
@@ -105,8 +107,9 @@ class Replay:
 
     def load(self, rows: Sequence[Row]) -> None:
         """Compute the prefix states of ``rows`` that are not kept yet, similar lengths together."""
-        if self._verdict is None:
-            self._try(rows)
+        tokens = min(max(len(r.prefix) for r in rows), TRIED_TOKENS)
+        if self._tried_tokens < tokens:
+            self._try(rows, tokens)
         if self.cut == 0:
             return
         if not self._keep:
@@ -127,40 +130,40 @@ class Replay:
         if group:
             self._record(group)
 
-    def _try(self, rows: Sequence[Row]) -> None:
-        """Find out, once a model, whether prefix and padding leave what it says as it is.
+    def _try(self, rows: Sequence[Row], tokens: int) -> None:
+        """Find out whether prefix and padding leave what the model says as it is.
 
+        Once a model, and again where texts are longer, up to TRIED_TOKENS.
         Blocks that are handed more than they return, states that mix rows, layers that share keys:
         there are many ways in which a prefix cannot be kept, and a trial finds them all.
         """
         known = _verdicts.setdefault(self.model, {})
         key = self.weights, self.cut, self._padding_id
-        if key not in known:
-            tried = self._tried(rows)
+        if key not in known or known[key][0] < tokens:
+            tried = self._tried(rows, tokens)
             if tried is None:  # nothing was learnt, so nothing is remembered, and nothing reused
                 self.cut = 0
                 return
-            known[key] = tried
+            known[key] = tokens, tried
             if tried.prefix:
                 warnings.warn(
                     f"{type(self.model).__name__} keeps no frozen prefix ({tried.prefix}); every "
                     "pass runs the whole model",
                     stacklevel=4,
                 )
-        self._verdict = known[key]
+        self._tried_tokens, self._verdict = known[key]
         if self._verdict.prefix:
             self.cut = 0
         if self._verdict.head:
             self._head = None
 
     @torch.no_grad()
-    def _tried(self, rows: Sequence[Row]) -> Verdict | None:
+    def _tried(self, rows: Sequence[Row], size: int) -> Verdict | None:
         """What two short rows of unequal length show, run in several ways; None if they cannot."""
         longest = max(rows, key=lambda r: len(r.prefix))
-        size = min(len(longest.prefix), TRIED_TOKENS)
         if size < 3:
             return None
-        pair = [longest.part(size), longest.part(max(size // 2, 1))]
+        pair = [longest.part(size, 2), longest.part(size - 2)]
         live = Replay(self.model, self.weights, prefix=False)
         live._verdict, head = Verdict(), ""
 
@@ -190,7 +193,7 @@ class Replay:
         if self.cut == 0:
             return found
         trial = Replay(self.model, self.weights)
-        trial._verdict, trial._head = found, live._head
+        trial._verdict, trial._tried_tokens, trial._head = found, size, live._head
 
         def replayed() -> Tensor:
             trial.load(pair)

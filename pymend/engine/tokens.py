@@ -88,14 +88,15 @@ class Row:
         """The same text with every position looked at."""
         return replace(self, first=0)
 
-    def part(self, tokens: int) -> Row:
+    def part(self, tokens: int, answer: int = 1) -> Row:
         """The first so many of the tokens that the lowest blocks read, all positions looked at.
 
-        The last one stays where a text has a frame.
+        The last one stays where a text has a frame. A decoder behind an encoder reads its start
+        token, ``answer`` times.
         """
         if self.source:
             source = (*self.source[: tokens - 1], self.source[-1])
-            return Row(self.ids[:1], answer=False, source=source)
+            return Row(self.ids[:1] * answer, answer=False, source=source)
         if self.label is not None:
             return Row((*self.ids[: tokens - 1], self.ids[-1]), answer=False, label=self.label)
         return Row(self.inputs[:tokens], answer=False)
