@@ -414,8 +414,8 @@ class Edit(BaseEdit):
             )
         if self.origin.kind in MAMBA and any(w.module.endswith(".out_proj") for w in plain):
             raise ValueError(
-                f"PEFT loads no adapter of out_proj of a model of the type {self.origin.kind}; save "
-                "the merged model"
+                f"PEFT loads no adapter of out_proj of a model of the type {self.origin.kind}; "
+                "save the merged model"
             )
         self.check_finite()
         layers = {w.module: self.factors[w.name].lora() for w in plain}

@@ -109,14 +109,14 @@ TOKENS = {"pad_token_id": PAD, "pad_index": PAD, "bos_token_id": BOS, "bos_index
 TOKENS |= {"eos_token_id": EOS, "eos_index": EOS}
 KEY_VALUES = {"num_key_value_heads", "swa_num_key_value_heads", "num_kv_heads", "kv_n_heads"}
 
-# What an architecture needs besides: values that do not follow from a size, or sizes that must agree.
+# What an architecture needs besides: values that follow from no size, sizes that must agree.
 SPARSE = ("num_sparse_encoder_layers", "num_sparse_decoder_layers")
 HYBRID = ["linear_attention", "full_attention", "linear_attention"] * 2
 MIXED = ["linear_attention", "hybrid", "linear_attention"] * 2
 ROPE = {"full_attention": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
 OVERRIDES: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("axk1", "deepseek_v3", "youtu"), {"head_dim": 4}),
-    **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral"), {"head_dim": 8}),
+    **{name: {"head_dim": 4} for name in ("axk1", "deepseek_v3", "youtu")},
+    **{name: {"head_dim": 8} for name in ("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral")},
     "bailing_hybrid": {"layer_types": HYBRID[:LAYERS]},
     "bamba": {"attn_layer_indices": [1, 4]},
     "cohere_compass_text": {"rope_parameters": ROPE},
@@ -132,7 +132,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"] * 2,
         "num_hidden_layers": LAYERS + 1,
     },
-    **dict.fromkeys(("gemma4_text", "gemma4_unified_text"), {"global_head_dim": 16}),
+    **{name: {"global_head_dim": 16} for name in ("gemma4_text", "gemma4_unified_text")},
     "gpt_neo": {"attention_types": [[["global", "local"], 2], [["global"], 1]]},
     "granitemoehybrid": {"layer_types": HYBRID[:LAYERS]},
     "layoutlmv3": {"coordinate_size": 6, "shape_size": 4},
@@ -140,7 +140,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "lilt": {"hidden_size": 48, "intermediate_size": 64},
     "mamba2": {"head_dim": 16},
     "longcat_flash": {"head_dim": 4, "zero_expert_num": 2},
-    "mobilebert": {"intra_bottleneck_size": 24},
+    "mobilebert": {"intra_bottleneck_size": 24, "intermediate_size": WIDTH},
     "nllb-moe": {"encoder_sparse_step": 2, "decoder_sparse_step": 2},
     "nemotron": {"num_key_value_heads": 2},
     "qwen4_exp_text": {

@@ -156,20 +156,24 @@ def kept(kind: str, name: str, now: str) -> Result:
 
 HEAD = """# Architectures
 
-Every model type that transformers {transformers} can load for these three tasks, {count} in all, tried on {date} with torch {torch}:
-a tiny model with random weights, five blocks or six, float32, its padding id not 0. `make architectures` makes this page anew.
+All {count} model types that transformers {transformers} knows for three tasks, tried on {date} with
+torch {torch}. Each is a tiny model with random weights: five blocks or six, float32, a padding id
+that is not 0. `make architectures` makes this page anew.
 
-Held against the plain model, row by row: the captured gradients, edits applied, merged, undone, by one and by several at once,
-saved and loaded, as an adapter in PEFT, generation with a cache, two steps of training, and that nothing is left behind. "All"
-matrices of the last blocks, and experts with a shared change, were tried as well.
+What is held against the plain model, text by text: captured gradients, edits applied, merged and
+undone, one by one and side by side, saved and loaded, as an adapter in PEFT, generation with a
+cache, two steps of training, and that nothing is left behind. `--edit all` and, of experts,
+`shared` were tried too.
 
-* **edited**: the matrices that are edited where nobody says which, of the last blocks.
-* **prefix**: whether the blocks below are run once only. Where they cannot be kept, every pass runs the whole model.
-* **texts**: which can be edited at once; some models change what they say when texts are padded.
-* **PEFT**: whether an edit can be written as an adapter. Where it cannot, this is refused; merge the edit in its place.
+* **edited**: the matrices of the last blocks that are edited where nobody says which.
+* **prefix**: whether the blocks below are run once only; if not, every pass runs the whole model.
+* **texts**: which can be edited at once; padding, or a text beside them, changes what some models
+  say.
+* **PEFT**: whether an edit can be written as an adapter; if not, merge it.
 
-A model that is **refused** is not edited so: an error says why before anything is changed. One that was **not built** says nothing
-about pymend: it needs more than text, another package, or settings that no default gives.
+A model that is **refused** gives an error that says why, and what else can be edited. One that was
+**not built** says nothing about pymend: it needs more than text, another package, or settings that
+no default gives.
 """
 TITLES = {
     "causal": "Causal language models",

@@ -184,7 +184,7 @@ def test_what_padding_does_is_asked_again_where_texts_are_longer() -> None:
     model, text = architectures.build("classification", "canine"), tiny.tokenizer(end=True)
     mend = tiny.tiny_mend(model, norm=False)
     assert mend.edit(model, text, EditRequest("da de di do du fa", "0")).outcomes
-    with pytest.raises(ValueError, match="CanineFor.* takes no texts of unequal length"):
+    with pytest.raises(ValueError, match=r"CanineFor.* takes no texts of unequal length"):
         mend.edit_many(model, text, claims())
 
 
@@ -263,7 +263,7 @@ def test_as_many_texts_as_tokens_are_not_mixed_where_time_comes_first() -> None:
     mend, draw = tiny.tiny_mend(model, norm=False), random.Random(0)
     requests = [EditRequest(" ".join(draw.sample(tiny.WORDS, 5)), "ba") for _ in range(5)]
     assert mend.edit(model, text, requests[0]).outcomes
-    with pytest.raises(ValueError, match="is given token after token, .* edits would be mixed"):
+    with pytest.raises(ValueError, match=r"is given token after token, .* edits would be mixed"):
         mend.edit_many(model, text, requests)
 
 

@@ -38,6 +38,7 @@ CLOSE = 1e-4  # relative error of float32 through five random blocks
 EXACT = 1e-6  # of one product of matrices
 NOTHING = 1e-6  # share of the largest gradient below which one is rounding
 ADVICE = re.compile(r"; (otherwise )?(choose|edit|name|give|load|save|set|use|try|remove|leave)\b")
+APART = re.compile("takes (no texts of unequal length at once|one text at a time)")
 UNEQUAL, EQUAL, SQUARE = (5, 12, 7), (6,) * 3, (5,) * 6  # words of the prompts
 TEXTS = ("any", "of one length", "one by one")  # which texts can be edited at once
 
@@ -240,8 +241,7 @@ class Trial:
             try:
                 found = self._replayed(lengths)
             except ValueError as error:
-                asked = re.search("takes (no texts of unequal length|one text at a time)", str(error))
-                if not asked or self._judged(error)[0] != "refused":
+                if not APART.search(str(error)) or self._judged(error)[0] != "refused":
                     raise
             else:
                 self._compare(found, self._rows(lengths), "the rows of a batch")
@@ -463,9 +463,7 @@ def summed(f: Factors | LowRank, w: EditedWeight) -> Tensor:
     elif f.expert is None:
         total = (delta.mT @ u).expand(w.experts, -1, -1)
     else:
-        total = torch.stack(
-            [delta[f.expert == e].mT @ u[f.expert == e] for e in range(w.experts)]
-        )
+        total = torch.stack([delta[f.expert == e].mT @ u[f.expert == e] for e in range(w.experts)])
     return total.mT if w.transposed else total
 
 
@@ -473,7 +471,8 @@ def _of_episode(f: Factors, i: int) -> Factors:
     """The rows of one of the texts that were captured together."""
     start = sum(f.counts[:i])
     own = slice(start, start + f.counts[i])
-    return Factors(f.u[own], f.delta[own], (f.counts[i],), None if f.expert is None else f.expert[own])
+    expert = None if f.expert is None else f.expert[own]
+    return Factors(f.u[own], f.delta[own], (f.counts[i],), expert)
 
 
 def _padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,6 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -121,7 +120,9 @@ class Tape:
                     f"what the model says does not depend on the output of {name} in a way that "
                     "can be differentiated; edit other weights"
                 )
-        grads = (torch.zeros_like(p) if g is None else g for p, g in zip(probes, found, strict=True))
+        grads = (
+            torch.zeros_like(p) if g is None else g for p, g in zip(probes, found, strict=True)
+        )
         rows = {}
         for w in self.weights:
             # A module called several times contributes the rows of all its calls.

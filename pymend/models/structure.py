@@ -174,9 +174,13 @@ def _mlp_names(block: nn.Module, prefix: str) -> list[str]:
 
 
 def _hidden(layers: Sequence[tuple[str, int, int]]) -> list[int]:
-    """The f for which all of ``layers`` are a way up d -> f or d -> 2f, or the way down f -> d."""
-    shapes = {(a, b) for _, a, b in layers}
-    return [f for f, d in shapes if f != d and shapes in ({(f, d), (d, f)}, {(f, d), (d, 2 * f)})]
+    """The f for which all of ``layers`` are a way up d -> f or d -> 2f, or the way down f -> d.
+
+    The first is a way up: f -> d and d -> f alone would not tell which is wide.
+    """
+    shapes, up = {(a, b) for _, a, b in layers}, layers[0][1]
+    ways = [f for f, d in shapes if f != d == up]
+    return [f for f in ways if shapes in ({(f, up), (up, f)}, {(f, up), (up, 2 * f)})]
 
 
 def find_blocks(part: nn.Module, prefix: str = "") -> tuple[str, nn.ModuleList]:
