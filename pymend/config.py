@@ -129,9 +129,15 @@ def _check_texts(values: Any) -> None:
                 check_text(text, f"the {field.name}")
 
 
-def setting(default: T, help: str, metavar: str | None = None) -> T:
-    """The field of a setting, with what ``--help`` shows for its flag and for the flag's value."""
-    field: T = dataclasses.field(default=default, metadata={"help": help, "metavar": metavar})
+def setting(default: T, help: str, metavar: str | None = None, later: bool = False) -> T:
+    """The field of a setting, with what ``--help`` shows for its flag and for the flag's value.
+
+    Args:
+        later: files were written without it. :func:`to_json` leaves it out at its default, so that
+            they go on to agree.
+    """
+    about = {"help": help, "metavar": metavar, "later": later}
+    field: T = dataclasses.field(default=default, metadata=about)
     return field
 
 
@@ -234,6 +240,17 @@ class TrainConfig:
     warmup: int = setting(0, "steps of linear warm-up")
     c_edit: float = setting(0.1, "weight of the edit loss")
     c_loc: float = setting(1.0, "weight of the locality loss")
+    c_after: float = setting(
+        1.0, "weight of the loss on what follows the target, if --after asks for it", later=True
+    )
+    after: int = setting(
+        0,
+        "tokens behind the target on which the edited model is to go on as before; 0: none",
+        later=True,
+    )
+    locality_rows: int = setting(
+        1, "locality prompts for each edit; those that a record lacks are others'", later=True
+    )
     clip: float = setting(100.0, "largest gradient norm")
     seed: int = setting(0, "seed of the editor's start and of the sampling")
     eval_every: int = setting(100, "steps between validations")
@@ -250,8 +267,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _check_choices(self)
         _check_at_least(self, 1, "steps", "batch_size", "accumulate")
-        _check_at_least(self, 1, "eval_every", "eval_records", "save_every")
+        _check_at_least(self, 1, "eval_every", "eval_records", "save_every", "locality_rows")
         _check_at_least(self, 0, "lr", "alpha_lr", "c_edit", "c_loc", "warmup", "patience")
+        _check_at_least(self, 0, "c_after", "after")
         if not self.clip > 0:
             raise ValueError(f"clip is {self.clip}; it must be above 0")
         if self.batch_size % self.accumulate:
@@ -319,6 +337,9 @@ def _check_finite(config: Any, name: str) -> None:
 def to_json(config: Any) -> dict[str, Any]:
     """A dataclass as a JSON object."""
     values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    for f in dataclasses.fields(config):
+        if f.metadata.get("later") and getattr(config, f.name) == f.default:
+            del values[f.name]
     return values
 
 

@@ -8,16 +8,24 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from pymend.engine.beside import Side, beside
 from pymend.errors import NonFiniteError
-from pymend.files import digest, read_json, read_tensors, writable_dir, write_json, write_tensors
+from pymend.files import (
+    digest,
+    expect_kind,
+    read_json,
+    read_tensors,
+    writable_dir,
+    write_json,
+    write_tensors,
+)
 from pymend.interop.peft import write_adapter
 from pymend.models.structure import EditedWeight, Origin, unwrapped, weight_of
 from pymend.ops.rank_update import rank_update
@@ -58,9 +66,32 @@ class LowRank:
         """What one of the experts changes by."""
         return self if self.expert is None else self.rows(self.expert == expert)
 
+    def norm(self) -> float:
+        """|alpha * sum_i d_i u_i^T| in the Euclidean norm, of experts that of one that has rows.
+
+        From products of rows with rows: nothing of the weight's size is formed.
+        """
+        u, delta = self.u.double(), self.delta.double()
+        same = (u @ u.T) * (delta @ delta.T)
+        if self.expert is not None:
+            same = same * (self.expert[:, None] == self.expert)
+        return abs(float(self.alpha)) * float(same.sum().clamp(min=0).sqrt())
+
+    def compressed(self) -> LowRank:
+        """The same change in at most min(a, b) rows, up to rounding."""
+        n, a, b = len(self.u), self.u.shape[1], self.delta.shape[1]
+        if n <= min(a, b):
+            return self
+        if a <= b:
+            q, r = torch.linalg.qr(self.u.double())
+            return LowRank(r.to(self.u), (q.T @ self.delta.double()).to(self.delta), self.alpha)
+        q, r = torch.linalg.qr(self.delta.double())
+        return LowRank((q.T @ self.u.double()).to(self.u), r.to(self.delta), self.alpha)
+
     def lora(self) -> tuple[Tensor, Tensor]:
-        """A [n, a] and B^T [n, b] of the change B A."""
-        return self.u, -self.alpha * self.delta
+        """A [n, a] and B^T [n, b] of the change B A, with n at most min(a, b)."""
+        own = self.compressed()
+        return own.u, -own.alpha * own.delta
 
     def to(self, device: torch.device) -> LowRank:
         """The same on another device."""
@@ -89,6 +120,22 @@ class Outcome:
     answer_before: str
     answer_after: str
     success: bool
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model says to a prompt beside an edit, and without it.
+
+    ``kind``: the edited prompt, a rephrase, a neighbour (the same relation of another subject), or
+    what is unrelated. ``target`` is the fact's. ``verdict``: took or missed, kept or changed.
+    """
+
+    kind: str
+    prompt: str
+    target: str
+    before: str
+    after: str
+    verdict: str
 
 
 class BaseEdit(ABC):
@@ -143,6 +190,8 @@ class Edit(BaseEdit):
     """Low-rank factors for the weights of one model.
 
     ``applied`` acts beside the weights; ``merge_`` writes them and keeps what it overwrote.
+    ``answers``, of whoever asked the model, and ``fidelity``, the least share of the wanted change
+    that the last merge kept (None: never merged), are saved with it.
     """
 
     def __init__(
@@ -157,8 +206,11 @@ class Edit(BaseEdit):
         u = next(iter(self.factors.values())).u
         super().__init__(len(u) if u.dim() == 3 else None, fingerprint, outcomes)
         self.origin = Origin()
+        self.answers: tuple[Answer, ...] = ()
+        self.fidelity: float | None = None
         self._backup: dict[tuple[str, int | None], Tensor] = {}
         self._model: weakref.ref[nn.Module] | None = None
+        self._found: dict[str, Any] | None = None  # what the model's configuration said before
 
     @property
     def rank(self) -> int:
@@ -274,8 +326,9 @@ class Edit(BaseEdit):
                 raise
         self._backup = backup
         self._model = weakref.ref(model)
+        self._mark(model)
         _merged.setdefault(unwrapped(model), []).append(self)
-        kept = float(fidelity.min()) if len(fidelity) else 1.0
+        kept = self.fidelity = float(fidelity.min()) if len(fidelity) else 1.0
         if kept < LOSSY and seed is None:
             warnings.warn(
                 f"only {kept:.0%} of the wanted change survived rounding to "
@@ -303,6 +356,21 @@ class Edit(BaseEdit):
                 m.value.copy_(self._backup[m.name, m.expert])
         stack.pop()
         self._backup = {}
+        config: Any = getattr(unwrapped(model), "config", None)
+        if self._found is not None:
+            config.pymend = self._found
+        elif config is not None:
+            del config.pymend
+
+    def _mark(self, model: nn.Module) -> None:
+        """Let a model's configuration, which is saved with it, say what is merged into it."""
+        config: Any = getattr(unwrapped(model), "config", None)
+        if config is None:
+            return
+        self._found = getattr(config, "pymend", None)
+        before = self._found or {"base": self.fingerprint, "facts": []}
+        facts = [*before["facts"], *([o.prompt, o.target] for o in self.outcomes)]
+        config.pymend = {**before, "facts": facts}
 
     def _matrices(self, model: nn.Module) -> Iterator[Matrix]:
         """The matrices that the edit changes: of experts those that have rows, or all."""
@@ -333,6 +401,11 @@ class Edit(BaseEdit):
             "fingerprint": self.fingerprint,
             "outcomes": [asdict(o) for o in self.outcomes],
             "origin": asdict(self.origin),
+            "answers": [asdict(a) for a in self.answers],
+            "fidelity": self.fidelity,
+            # For those who look at it without its tensors.
+            "ranks": [len(self.factors[w.name].u) for w in self.weights],
+            "norms": [self.factors[w.name].norm() for w in self.weights],
         }
         tensors = {}
         for name, f in self.factors.items():
@@ -351,6 +424,7 @@ class Edit(BaseEdit):
             ValueError: a truncated file, or one with missing or foreign keys.
         """
         path = Path(folder)
+        expect_kind(path, "edit")
         description = read_json(path / "edit.json")
         tensors = read_tensors(path / "edit.safetensors", digest(description))
         try:
@@ -358,6 +432,7 @@ class Edit(BaseEdit):
             outcomes = [Outcome(**o) for o in description["outcomes"]]
             alphas, fingerprint = description["alpha"], description["fingerprint"]
             origin = Origin(**description.get("origin", {}))  # older files have none
+            answers = [Answer(**a) for a in description.get("answers", [])]
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path / 'edit.json'} is no edit: {error}") from error
         wanted: dict[str, tuple[int, ...]] = {}
@@ -391,7 +466,8 @@ class Edit(BaseEdit):
             if expert is not None and not bool(((expert >= 0) & (expert < w.experts)).all()):
                 raise ValueError(f"{path / 'edit.safetensors'}: {w.name} has no such experts")
         edit = cls(weights, factors, fingerprint, outcomes)
-        edit.origin = origin
+        edit.origin, edit.answers = origin, tuple(answers)
+        edit.fidelity = description.get("fidelity")
         return edit
 
     def to_peft(self, folder: str | Path) -> None:
@@ -441,7 +517,8 @@ class Edit(BaseEdit):
             return
         self.check_finite()
         check_fingerprint(model, self.weights, self.fingerprint)
-        self.origin = Origin.of(model)
+        made = self.origin
+        self.origin = replace(Origin.of(model), chat=made.chat, editor=made.editor)
         self._model = weakref.ref(model)
 
     def check_finite(self) -> None:

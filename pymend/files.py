@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,46 @@ from pymend.config import FORMAT_VERSION
 
 if TYPE_CHECKING:
     import torch
+
+
+# What a folder holds, by the first of these files in it.
+KINDS = {
+    "edit.json": "edit",
+    "editor.json": "editor",
+    "adapter_config.json": "adapter of PEFT",
+    "config.json": "model",
+}
+
+
+def kind_of_folder(path: str | Path) -> str:
+    """What ``path`` holds, one of the values of ``KINDS``; "" for none of them."""
+    return next((kind for name, kind in KINDS.items() if (Path(path) / name).is_file()), "")
+
+
+def expect_kind(path: str | Path, wanted: str) -> None:
+    """Refuse a folder that holds something else than what is ``wanted`` of it.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: names what it holds instead.
+    """
+    if not Path(path).exists():
+        raise FileNotFoundError(f"{path} does not exist; name a folder that holds {_a(wanted)}")
+    found = kind_of_folder(path)
+    if found != wanted:
+        held = _a(found) if found else "nothing of the kind"
+        raise ValueError(f"{path} holds {held}, not {_a(wanted)}; name another folder")
+
+
+def _a(kind: str) -> str:
+    """The kind of a folder with its article."""
+    return f"{'an' if kind[0] in 'ae' else 'a'} {kind}"
+
+
+def editor_folder(name: str | Path) -> Path:
+    """The folder of an editor: ``name`` itself, or of the one that ships for a model called so."""
+    shipped = Path(str(resources.files("pymend"))) / "editors" / name
+    return shipped if not Path(name).exists() and kind_of_folder(shipped) else Path(name)
 
 
 def cache_dir() -> Path:

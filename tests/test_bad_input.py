@@ -24,7 +24,7 @@ from tiny import (
     traceless,
 )
 
-from pymend import Edit, EditRequest, MendConfig, Probe, TrainConfig, Trainer, evaluate
+from pymend import Edit, EditRequest, MendConfig, Probe, TrainConfig, Trainer, evaluate, load
 from pymend.algorithms.mend.mend import Mend
 from pymend.engine.generate import greedy
 from pymend.engine.tokens import Encoder
@@ -380,8 +380,8 @@ def test_a_json_that_is_cut_off(mend: Mend, tmp_path: Path) -> None:
 
 
 def test_no_such_folder(tmp_path: Path) -> None:
-    for cls, name in ((Mend, "editor.json"), (Edit, "edit.json")):
-        with pytest.raises(FileNotFoundError, match=rf"nowhere/{name} does not exist"):
+    for cls, kind in ((Mend, "editor"), (Edit, "edit")):
+        with pytest.raises(FileNotFoundError, match=rf"nowhere does not exist; .* an {kind}$"):
             cls.from_pretrained(tmp_path / "nowhere")
 
 
@@ -423,3 +423,37 @@ def test_an_editor_that_is_not_finite(side: int, model: Any, mend: Mend) -> None
     message = r"factors of transformer\.h\.1\.mlp\.c_proj\.weight are not finite"
     with traceless(model), pytest.raises(ValueError, match=message):
         edit_of(mend, model)
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every file of a model would be tried again and again, for a minute."""
+    asked: list[dict[str, Any]] = []
+
+    def tokenizer(*_: Any, **options: Any) -> None:
+        asked.append(options)
+        raise OSError("not in the cache")
+
+    monkeypatch.setattr("pymend.zoo.load.AutoTokenizer.from_pretrained", tokenizer)
+    with pytest.raises(RuntimeError, match=r"cannot be fetched from the hub \(not in the cache\)"):
+        load("nobody/nothing")
+    assert asked == [{"local_files_only": True}]
+
+
+def test_what_the_hub_does_not_have_is_not_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    class Missing(RepositoryNotFoundError):
+        def __init__(self) -> None:
+            Exception.__init__(self, "404 not found")
+
+        def __str__(self) -> str:
+            return "404 not found"
+
+    def missing(_: Any, name: str, timeout: float) -> None:
+        assert name == "nobody/nothing" and timeout <= 10
+        raise Missing
+
+    monkeypatch.setattr(HfApi, "model_info", missing)
+    with pytest.raises(RuntimeError, match="no model 'nobody/nothing' that you may read; 404"):
+        load("nobody/nothing")

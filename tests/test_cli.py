@@ -58,6 +58,12 @@ SMALL = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Edits are saved into the folder one is in."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny model and its tokenizer."""
@@ -121,7 +127,7 @@ def test_exclude_drops_overlapping_records(
     assert re.search(r"dropped \d+ of 40 training records", caplog.text)
 
 
-def test_edit_saves_merges_and_shows_the_undo(
+def test_edit_saves_and_merges(
     model: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     w = tiny.WORDS
@@ -129,7 +135,7 @@ def test_edit_saves_merges_and_shows_the_undo(
     where = ["--output", str(tmp_path / "edit"), "--merge", str(tmp_path / "merged")]
     assert main(["edit", f"--model={model}", f"--editor={trained}", *pairs, *where]) == 0
     out = capsys.readouterr().out
-    assert "took" in out and "after undo" in out and f"{w[0]} {w[1]}" in out
+    assert "took" in out and "before" in out and f"{w[0]} {w[1]}" in out
 
     edited = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     edit = Edit.from_pretrained(tmp_path / "edit")
@@ -276,7 +282,7 @@ def test_a_rival_is_trained_used_and_resumed(
     capsys.readouterr()
     argv = ["edit", *base, "--prompt=ba", "--target=be"]
     assert main(argv) == 0
-    assert "after undo" in capsys.readouterr().out
+    assert "before" in capsys.readouterr().out
     for flag in ("output", "merge"):
         saved = [*argv, f"--{flag}={tmp_path / flag}"]
         if rival.name == "ke":
@@ -585,7 +591,7 @@ def test_what_cannot_work_is_refused_before_the_work(
     latin.write_bytes("déjà vu".encode("latin-1"))
     missing = ("--model", model, "--editor", tmp_path / "missing")
     edit = ("edit", *missing, "--prompt", "ba", "--target", "be")
-    assert f"cannot write to {file}" in fails(capsys, *edit, "--output", file)
+    assert f"{file} is not empty; choose" in fails(capsys, *edit, "--output", file)
     assert "--tokens is 0; it must be at least 1" in fails(capsys, *edit, "--tokens", 0)
     evaluate = ("eval", *missing, "--data", records)
     assert f"{tmp_path} is a folder" in fails(capsys, *evaluate, "--output", tmp_path)
@@ -727,7 +733,8 @@ def test_every_kind_of_model_is_trained_edited_and_measured(
     pair = [f"--prompt={request.prompt}", f"--target={request.target}", "--tokens=3"]
     merged = f"--merge={tmp_path / 'merged'}"
     assert main(["edit", f"--model={model}", f"--editor={editor}", *pair, merged]) == 0
-    answers = capsys.readouterr().out.split("after undo")[1].splitlines()[2]
+    lines = capsys.readouterr().out.splitlines()
+    answers = lines[next(i for i, line in enumerate(lines) if "before" in line) + 2]
     loaded, tokenizer = load(str(tmp_path / "merged"))
     assert type(loaded) is type(model_of(kind))
     encoder = Encoder.for_model(loaded, tokenizer)
@@ -736,8 +743,8 @@ def test_every_kind_of_model_is_trained_edited_and_measured(
         edited = encoder.text(plain(loaded, [row])[:1].argmax(-1))
         unedited = encoder.text(plain(model_of(kind), [row])[:1].argmax(-1))
     columns = re.split(r"\s{2,}", answers)
-    assert columns[1].startswith(unedited) and columns[2].startswith(edited)
-    assert columns[3] == columns[1]
+    assert columns[0] == "prompt"
+    assert columns[2].startswith(unedited) and columns[3].startswith(edited)
 
 
 @pytest.mark.parametrize("algorithm", ["ft", "ft+kl", "cache"])

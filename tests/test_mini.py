@@ -24,12 +24,14 @@ from pymend.zoo.lessons import Course, lessons
 from pymend.zoo.load import load
 
 KINDS = tuple(mini.RECIPES)
+DECODERS = ("gpt2-mini", "moe-mini")
 # Enough to learn a few facts.
 WIDTHS = {
     "bart-mini": {"d_model": 64, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128},
     "t5-mini": {"d_model": 32, "d_kv": 8, "d_ff": 64},
     "bert-mini": {"hidden_size": 32, "intermediate_size": 64},
     "gpt2-mini": {"n_embd": 64, "n_inner": 128},
+    "moe-mini": {"hidden_size": 64, "moe_intermediate_size": 32, "head_dim": 16},
 }
 
 
@@ -138,13 +140,14 @@ def test_tokenizer_and_frame(name: str, made: Callable[[str], Path]) -> None:
         "t5-mini": ([], ["</s>"]),
         "bert-mini": (["[CLS]"], ["[SEP]"]),
         "gpt2-mini": ([], []),
+        "moe-mini": ([], []),
     }[name]
     tokens = tokenizer.convert_ids_to_tokens(ids)
     inner = tokenizer(text, add_special_tokens=False).input_ids
     assert tokens == [*before, *tokenizer.convert_ids_to_tokens(inner), *after]
     assert tokenizer.decode(inner) == text
     row = Encoder.for_model(model, tokenizer).row(text, "false")
-    if name == "gpt2-mini":  # one text
+    if name in DECODERS:  # one text
         assert row.ids == tuple(tokenizer(f"{text} false").input_ids)
     else:
         assert row.prefix == tuple(ids)
@@ -211,7 +214,10 @@ def test_weights_to_edit(name: str) -> None:
     weights, width = find_weights(model), model.config.hidden_size
     stacks = 2 if mini.RECIPES[name].auto == "AutoModelForSeq2SeqLM" else 1
     assert len(weights) == {1: 6, 2: 8}[stacks]
-    assert {w.shape for w in weights} == {(width, 4 * width), (4 * width, width)}
+    inner = getattr(model.config, "moe_intermediate_size", 0)
+    up, down = (2 * inner, inner) if inner else (4 * width, 4 * width)  # gate and up in one
+    assert {w.shape for w in weights} == {(width, up), (down, width)}
+    assert all(w.experts == (8 if inner else 0) for w in weights)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -246,7 +252,7 @@ def test_rows_are_the_seen_wordings(name: str) -> None:
                 fact, true = claims[x.row]
                 hint = tokenizer(f" {fact.truth}", add_special_tokens=False).input_ids[0]
                 assert x.hint == (IGNORE if true else hint)
-    elif name == "gpt2-mini":
+    elif name in DECODERS:
         short = [text for text in texts if ". " not in text]
         assert all(any(text.startswith(t) for t in seen) for text in short)
         assert len(short) < len(texts)  # there are passages
@@ -266,8 +272,30 @@ def test_passages_begin_anywhere_in_their_first_half() -> None:
         assert sum(text in passage for text in said) >= len(said) // 2 - 1
 
 
+def test_a_card_says_what_each_expert_is_sent(made: Callable[[str], Path]) -> None:
+    """Held against the indices that the experts are called with, text by text."""
+    place = made("moe-mini")
+    model, tokenizer = saved(place, "moe-mini")
+    sent = torch.zeros(4, 8)
+
+    def count(module: torch.nn.Module, args: Any) -> None:
+        sent[experts.index(module)] += torch.bincount(args[1].flatten(), minlength=8)
+
+    experts = [layer.mlp.experts for layer in model.model.layers]
+    for module in experts:
+        module.register_forward_pre_hook(count)
+    with torch.inference_mode():
+        for row in course("moe-mini", tokenizer).exam(wordings=1):
+            model(torch.tensor([row.inputs]))
+    share = sent / sent.sum(1, keepdim=True)
+    torch.testing.assert_close(torch.tensor(mini.card(place)["load"]), share, atol=2e-3, rtol=0)
+    assert "load" not in mini.card(made("gpt2-mini"))
+
+
 @pytest.mark.slow
-def test_bert_mini_really(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["bert-mini", "moe-mini"])
+def test_really(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYMEND_CACHE", str(tmp_path))
-    card = mini.card(mini.make("bert-mini", progress=False))
+    card = mini.card(mini.make(name, progress=False))
     assert card["known"]["seen"] >= 0.95 and card["facts"] == 2289
+    assert all(share > 0.01 for block in card.get("load", []) for share in block)  # none idles

@@ -29,12 +29,12 @@ from tiny import (
 
 from pymend import Trainer, evaluate
 from pymend.algorithms.mend.mend import Mend
-from pymend.config import EditRequest, Probe, TrainConfig
+from pymend.config import EditRequest, Probe, TrainConfig, from_json, to_json
 from pymend.engine.hooks import frozen
 from pymend.engine.tokens import Encoder
 from pymend.errors import NonFiniteError
 from pymend.report.plots import learning_curves
-from pymend.training.episodes import Sampler
+from pymend.training.episodes import Sampler, run_episodes
 from pymend.training.optim import EditorOptimizer, learning_rate_factor
 
 SMALL = TrainConfig(
@@ -230,6 +230,17 @@ def test_resuming_a_finished_run_trains_no_more(finished: Path) -> None:
         first.editor.state_dict().values(), again.editor.state_dict().values(), strict=True
     ):
         assert torch.equal(a, b)
+
+
+def test_a_run_may_go_on_for_longer(finished: Path, tmp_path: Path) -> None:
+    """Under a constant rate it is the run that was longer from the start."""
+    longer = replace(SMALL, steps=SMALL.steps + 2)
+    trainer(tmp_path / "whole", longer).train()
+    trainer(finished, longer, resume=True).train()
+    a, b = (Mend.from_pretrained(x).editor.state_dict() for x in (tmp_path / "whole", finished))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    with pytest.raises(ValueError, match=r"train\.steps"):
+        trainer(finished, SMALL, resume=True)
 
 
 def test_resume_in_an_empty_folder_starts_anew(small_run: Path, tmp_path: Path) -> None:
@@ -677,3 +688,111 @@ def test_training_lowers_the_loss(tmp_path: Path) -> None:
     trained = evaluate(Mend.from_pretrained(tmp_path), model, tokenizer(), held_out, progress=False)
     token = trained.value("token_edit_success")
     assert token is not None and token > 0.5, "most tokens of facts that it has never seen"
+
+
+# -- what follows the target, and several locality rows -------------------------------------------
+
+
+def test_what_follows_is_what_the_model_says_behind_prompt_and_target(tmp_path: Path) -> None:
+    model = gpt2()
+    config = replace(SMALL, after=5)
+    run = trainer(tmp_path, config, model=model)
+    encoder = Encoder.for_model(model, tokenizer())
+    for record, request in zip(run.sampler.records, facts(16), strict=True):
+        texts = [request.prompt, request.rephrases[0]]
+        assert len(record.after) == 2
+        for row, text in zip(record.after, texts, strict=True):
+            said = tokenizer()(f"{text} {request.target}", return_tensors="pt").input_ids
+            assert row.ids[: said.shape[1]] == tuple(said[0].tolist())
+            assert row.first == said.shape[1] - 1
+            new = model.generate(said, max_new_tokens=5, do_sample=False, pad_token_id=0)
+            ids = new[0, said.shape[1] :].tolist()
+            assert list(row.targets()) == ids[: ids.index(3) + 1] if 3 in ids else ids
+    again = trainer(tmp_path / "again", config, model=model)
+    assert [r.after for r in again.sampler.records] == [r.after for r in run.sampler.records]
+    episodes = run.sampler.step(0)
+    assert all(len(e.after) == 1 for e in episodes)
+    plain = Sampler(encoder.requests(facts(16)), 1, SMALL.batch_size, SMALL.seed)
+    for e, f in zip(episodes, plain.step(0), strict=True):
+        assert e.edits == f.edits and not f.after
+
+
+def test_what_follows_is_kept_beside_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(SMALL, after=3)
+    whole = trainer(tmp_path / "whole", config)
+    whole.train()
+    trainer(tmp_path / "cut", replace(config, steps=2)).train()
+    shutil.rmtree(tmp_path / "cut" / "checkpoints")
+    (tmp_path / "cut" / "editor.json").unlink()
+
+    def never(*_: Any) -> None:
+        raise AssertionError("it was heard before")
+
+    monkeypatch.setattr("pymend.training.trainer.followed", never)
+    second = trainer(tmp_path / "cut", config, resume=True)
+    second.train()
+    a, b = (x.algorithm.editor.state_dict() for x in (whole, second))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_the_loss_of_what_follows(tmp_path: Path) -> None:
+    """KL(unedited || edited) at the positions behind the target, token mean, by hand."""
+    model = gpt2(dtype=torch.float64)
+    run = trainer(tmp_path, replace(SMALL, after=4, c_after=0.7), model=model)
+    [episode] = run.sampler.step(0)[:1]
+    with frozen(model):
+        scores = run_episodes(run.algorithm, run.replay, [episode], "both", merge=True)
+        run.replay.load(episode.edits)
+        edit = run.algorithm.differentiable(run.replay, episode.edits, 1, merge=False)
+        (row,) = episode.after
+        ids = torch.tensor([row.ids[:-1]])
+        where = slice(row.first, len(row.ids) - 1)
+        before = model(input_ids=ids).logits[0, where].log_softmax(-1)
+    # The moments have moved since, so only its gradient-free value under the same edit counts.
+    with frozen(model):
+        batch = run.replay.batch([row])
+        run.replay.load([row])
+        base = run.replay.label_rows(batch)
+        with edit.applied(model):
+            found = run.replay.label_rows(batch).losses(base=base).kl.mean()
+            after = model(input_ids=ids).logits[0, where].log_softmax(-1)
+    wanted = (before.exp() * (before - after)).sum(-1).mean()
+    assert abs(float(found) - float(wanted)) <= 1e-9 + 1e-9 * abs(float(wanted))
+    assert scores.after is not None and scores.after.shape == (1,)
+    loss = run.config.c_edit * scores.nll + run.config.c_loc * scores.kl + 0.7 * scores.after
+    assert torch.equal(run._loss(scores), loss.mean())
+
+
+def test_several_locality_rows_are_ones_own_first_then_others() -> None:
+    records = Encoder(tokenizer()).requests(facts(12))  # two locality prompts each
+    for step in range(3):
+        for e in Sampler(records, 1, 4, 0, locality=3).step(step):
+            own = next(set(r.locality) for r in records if r.edit == e.edits[0])
+            assert len(e.locality) == 3 and own < set(e.locality)
+    both = Sampler(records, 2, 2, 0, locality=2).step(0)
+    assert all(len(e.locality) == 4 for e in both)
+
+
+def test_nothing_follows_a_class(tmp_path: Path) -> None:
+    from test_encoders import data_of, model_of, words
+
+    model = model_of("bert")
+    with pytest.raises(ValueError, match="nothing follows a target of BertForSequence"):
+        Trainer(
+            tiny_mend(model),
+            model,
+            words("bert"),
+            data_of("bert", 16),
+            [],
+            config=replace(SMALL, after=3),
+            output=tmp_path,
+        )
+
+
+def test_settings_that_came_later_are_left_out_at_their_default() -> None:
+    plain, new = to_json(SMALL), to_json(replace(SMALL, after=3, locality_rows=2))
+    assert not {"after", "c_after", "locality_rows"} & plain.keys()
+    assert new["after"] == 3 and new["locality_rows"] == 2 and "c_after" not in new
+    assert from_json(TrainConfig, plain, "x") == SMALL

@@ -8,13 +8,14 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
 
 from pymend.config import EditRequest
-from pymend.edit import BaseEdit, Outcome
+from pymend.edit import BaseEdit, Edit, Outcome
 from pymend.engine.hooks import frozen
 from pymend.engine.losses import hits_rows, mean_of_seen
 from pymend.engine.replay import Replay
@@ -38,6 +39,7 @@ class Algorithm(ABC, Generic[E]):
     weights: tuple[EditedWeight, ...]
     n_edits: int | None = None
     chat: Chat = None
+    source: str = ""
 
     @classmethod
     @abstractmethod
@@ -168,8 +170,8 @@ class Algorithm(ABC, Generic[E]):
             raise ValueError("no request to edit; give at least one")
         if joint:
             self.expect(len(requests))
-        model = unwrapped(model)
-        encoder = Encoder.for_model(model, tokenizer, self.chat_for(chat))
+        model, asked = unwrapped(model), self.chat_for(chat)
+        encoder = Encoder.for_model(model, tokenizer, asked)
         rows = [encoder.row(r.prompt, r.target, r.joint) for r in requests]
         known = self.prepare(model)
         with frozen(model):
@@ -178,6 +180,8 @@ class Algorithm(ABC, Generic[E]):
             edit = self.compute(replay, rows, joint)
             edit.outcomes = _outcomes(replay, edit, requests, rows, encoder)
         edit.fingerprint = known
+        if isinstance(edit, Edit):
+            edit.origin = replace(edit.origin, chat=asked, editor=self.source)
         return edit
 
 

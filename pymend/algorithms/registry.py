@@ -101,6 +101,7 @@ def load_editor(folder: str | Path, device: str | torch.device = "cpu") -> Train
     """Read an editor of any kind: what ``pymend train`` or ``save_pretrained`` wrote.
 
     Args:
+        folder: that one; or a model's name, for the editor that ships for it.
         device: where its parameters go.
 
     Raises:
@@ -108,9 +109,10 @@ def load_editor(folder: str | Path, device: str | torch.device = "cpu") -> Train
         ValueError: an unknown kind, or damaged as ``Trainable.from_pretrained`` says.
     """
     from pymend.algorithms.trained import kind_of
-    from pymend.files import read_json
+    from pymend.files import editor_folder, expect_kind, read_json
 
-    path = Path(folder) / "editor.json"
+    expect_kind(editor_folder(folder), "editor")
+    path = editor_folder(folder) / "editor.json"
     try:
         cls = trainable(kind_of(read_json(path)))
     except ValueError as error:

@@ -27,13 +27,15 @@ from pymend.engine.tokens import Batch, Row
 from pymend.files import (
     digest,
     digest_of_tensors,
+    editor_folder,
+    expect_kind,
     read_json,
     read_tensors,
     writable_dir,
     write_json,
     write_tensors,
 )
-from pymend.models.structure import EditedWeight, find_weights, weight_of
+from pymend.models.structure import EditedWeight, find_weights, unwrapped, weight_of
 
 A = TypeVar("A", bound="Trainable[Any]")
 
@@ -72,6 +74,7 @@ class Trainable(Algorithm[E]):
         self.sizes = dict(sizes or {})
         self.n_edits = n_edits
         self.model_fingerprint = ""  # of the model it was trained on; only warns
+        self.elsewhere: tuple[str, ...] = ()  # locality prompts of its training data
 
     @classmethod
     def from_config(cls: type[A], model: nn.Module, config: Any = None, **_: Any) -> A:
@@ -155,11 +158,15 @@ class Trainable(Algorithm[E]):
         self.check(model)
         own = fingerprint(model, self.weights)
         if self.model_fingerprint and self.model_fingerprint != own:
-            warnings.warn(
-                "this editor was trained on another model: the edited weights differ, so its edits "
-                "may not take; train it on this model",
-                stacklevel=4,
+            merged = getattr(unwrapped(model).config, "pymend", None) or {}
+            told = (
+                f"this model carries {len(merged['facts'])} edited fact(s) already; the new edit "
+                "comes on top of them"
+                if merged.get("base") == self.model_fingerprint
+                else "this editor was trained on another model: the edited weights differ, so its "
+                "edits may not take; train it on this model"
             )
+            warnings.warn(told, stacklevel=4)
         self.editor.to(next(model.parameters()).device)
         return own
 
@@ -187,8 +194,12 @@ class Trainable(Algorithm[E]):
 
     # -- files -------------------------------------------------------------------------------
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write ``editor.safetensors`` and ``editor.json`` into ``folder``, each atomically.
+
+        Args:
+            dtype: of the parameters in the file, bfloat16 for half its size; running moments stay
+                as they are. Read again, an editor computes in float32.
 
         Raises:
             PermissionError: ``folder`` cannot be written.
@@ -201,20 +212,25 @@ class Trainable(Algorithm[E]):
             "sizes": self.sizes,
             "model_fingerprint": self.model_fingerprint,
             "chat": self.chat,
+            "elsewhere": list(self.elsewhere),
         }
-        write_tensors(path / "editor.safetensors", self.editor.state_dict(), digest(description))
+        tensors = self.editor.state_dict()
+        for name, _ in self.editor.named_parameters() if dtype else ():
+            tensors[name] = tensors[name].to(dtype)
+        write_tensors(path / "editor.safetensors", tensors, digest(description))
         write_json(path / "editor.json", description)
 
     @classmethod
     def from_pretrained(cls: type[A], folder: str | Path, device: str | torch.device = "cpu") -> A:
-        """Read what :meth:`save_pretrained` wrote.
+        """Read what :meth:`save_pretrained` wrote; or the editor that ships for a model's name.
 
         Raises:
             FileNotFoundError: no such editor.
             ValueError: an editor of another kind, a truncated file, foreign or missing keys, or
                 tensors of other shapes.
         """
-        path = Path(folder)
+        path = editor_folder(folder)
+        expect_kind(path, "editor")
         description = read_json(path / "editor.json")
         if kind_of(description) != cls.kind:
             raise ValueError(
@@ -228,10 +244,12 @@ class Trainable(Algorithm[E]):
                 loaded: A = cls(config, weights, **description.get("sizes", {}))
             loaded.model_fingerprint = description["model_fingerprint"]
             loaded.chat = description.get("chat")  # files of before say nothing
+            loaded.elsewhere = tuple(description.get("elsewhere", ()))
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path / 'editor.json'} is no editor: {error}") from error
         load_state(loaded.editor, tensors, path / "editor.safetensors")
         loaded.editor.to(device)
+        loaded.source = str(folder)
         return loaded
 
 

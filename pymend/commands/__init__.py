@@ -1,4 +1,4 @@
-"""The command line: ``pymend train | edit | eval | import | demo | models | data | reproduce``.
+"""The command line: ``pymend train``, ``edit``, ``apply`` and what else ``pymend --help`` lists.
 
 A file a command. What is imported here must be light: torch, transformers and the like are
 imported by a command when it runs, so that help, a version and a mistake cost no seconds.
@@ -18,7 +18,18 @@ import typer
 from typer.core import TyperGroup
 
 import pymend
-from pymend.commands import data, demo, edit, evaluate, imports, models, reproduce, train
+from pymend.commands import (
+    apply,
+    data,
+    demo,
+    edit,
+    evaluate,
+    imports,
+    models,
+    reproduce,
+    saved,
+    train,
+)
 from pymend.commands.settings import Command, flags
 from pymend.errors import did_you_mean, meant_for_user
 
@@ -59,6 +70,9 @@ def add(app: typer.Typer, name: str, command: Callable[..., None], cls: Any = Co
 app = group(help="Correct facts inside a language model with MEND, and undo them.")
 add(app, "train", train.train, train.Train)
 add(app, "edit", edit.edit)
+add(app, "apply", apply.apply)
+add(app, "show", saved.show)
+add(app, "list", saved.listed)
 add(app, "eval", evaluate.evaluate)
 add(app, "import", imports.imports)
 add(app, "demo", demo.demo)

@@ -34,6 +34,7 @@ def demo(
         train=replace(settings.train, **training),
         mend=replace(settings.mend, **editor),
     )
+    model = model.of()
     folder = output or ("runs/demo-quick" if quick else "runs/demo")
     loaded, tokenizer = machine.load(model.model)
     train, validation, test = (load_facts(s) for s in ("train", "validation", "test"))

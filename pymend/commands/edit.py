@@ -1,105 +1,180 @@
-"""``pymend edit``: change facts with a trained editor, show the answers, save the result."""
+"""``pymend edit``: change facts with a trained editor, look around them, save the result."""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
+from pymend.commands.asking import (
+    HOME,
+    adapted,
+    all_applied,
+    answers_table,
+    check_places,
+    editor_of,
+    facts_table,
+    free,
+    merged,
+    slug,
+)
 from pymend.commands.settings import SETS, Flag, Machine, Model
 from pymend.config import EditRequest
 
+if TYPE_CHECKING:
+    from pymend.edit import Answer, BaseEdit
+
 STRENGTH = "factor of the learned step sizes; below 1: fewer edits take, less else changes"
+WAYS = ("joint", "independent", "sequential")
+MANY = 4  # facts of an edit above which only their prompts are asked
 
 
 def edit(
-    editor: Annotated[str, Flag("what train wrote", "DIR")],
     model: Model,
     machine: Machine,
-    strength: Annotated[float, Flag(STRENGTH)] = 1.0,
-    prompt: Annotated[
-        tuple[str, ...], Flag("may be repeated: several facts, one edit", "TEXT")
+    words: Annotated[
+        tuple[str, ...], Flag("a prompt and its new answer", "PROMPT TARGET", positional=True)
     ] = (),
+    editor: Annotated[
+        str | None, Flag("what train wrote; default: the one that ships for the model", "DIR")
+    ] = None,
+    strength: Annotated[float, Flag(STRENGTH)] = 1.0,
+    prompt: Annotated[tuple[str, ...], Flag("may be repeated: several facts", "TEXT")] = (),
     target: Annotated[tuple[str, ...], Flag("new answer, one per prompt", "TEXT")] = (),
     data: Annotated[
-        str | None, Flag(f"all records of a file as one edit, in place of --prompt; or of {SETS}")
+        str | None, Flag(f"all records of a file, in place of a prompt; or of {SETS}")
     ] = None,
-    output: Annotated[str | None, Flag("save the edit", "DIR")] = None,
+    facts: Annotated[
+        str,
+        Flag(
+            "several facts: joint in one edit, independent edits, or sequential, each on top of "
+            "those before",
+            choices=WAYS,
+        ),
+    ] = "joint",
+    output: Annotated[
+        str | None, Flag(f"receives the edit, or one folder each of several (default: {HOME})")
+    ] = None,
     merge: Annotated[str | None, Flag("save an ordinary model with the edit in it", "DIR")] = None,
     peft: Annotated[str | None, Flag("save the edit as a LoRA adapter of PEFT", "DIR")] = None,
     tokens: Annotated[int, Flag("length of the answers shown", least=1)] = 12,
 ) -> None:
-    """Edit facts with a trained editor."""
-    requests = _requests(prompt, target, data)
-    places = [Path(p).resolve() for p in (output, merge, peft) if p]
-    if len(set(places)) < len(places):
-        raise ValueError("--output, --merge and --peft need folders of their own; name others")
+    """Edit facts with a trained editor; show what changed around them; save the edit."""
+    requests = _requests(words, prompt, target, data)
+    check_places(output, merge, peft)
+    if facts == "independent" and (merge or peft):
+        raise ValueError("independent edits go into no common model; apply those you want together")
 
-    from pymend.files import atomic_dir, empty_dir, writable_dir
-
-    if output:
-        writable_dir(output, make=False)
-    for folder in filter(None, (merge, peft)):
-        empty_dir(folder, make=False)
+    model = model.of(editor)
+    found = editor_of(editor, model.model)
 
     from pymend.algorithms.registry import load_editor
-    from pymend.engine.generate import greedy
+    from pymend.edit import Edit
     from pymend.engine.tokens import Encoder
-    from pymend.report.tables import number, table
 
-    mend = load_editor(editor).scale_(strength)
-    if places and not mend.low_rank:
+    maker = load_editor(found).scale_(strength)
+    if not maker.low_rank and (output or merge or peft):
         raise ValueError(
-            f"an edit of {mend.kind} cannot be saved or merged; "
+            f"an edit of {maker.kind} cannot be saved or merged; "
             "leave out --output, --merge and --peft"
         )
-    chat = model.speech(mend)
+    chat = model.speech(maker)
     loaded, tokenizer = machine.load(model.model)
-    edit = mend.edit(loaded, tokenizer, requests, chat=chat)
     encoder = Encoder.for_model(loaded, tokenizer, chat)
-    prompts = [r.prompt for r in requests]
-    before = greedy(loaded, encoder, prompts, tokens)
-    with edit.applied(loaded):
-        after = greedy(loaded, encoder, prompts, tokens)
-    undone = greedy(loaded, encoder, prompts, tokens)
-
-    took = [
-        (
-            o.prompt,
-            o.target,
-            number(o.probability_before),
-            number(o.probability_after),
-            "yes" if o.success else "no",
-        )
-        for o in edit.outcomes
-    ]
-    print(table(("prompt", "target", "P before", "P after", "took"), took))
-    print()
-    answers = list(zip(prompts, before, after, undone, strict=True))
-    print(table(("prompt", "answer before", "after", "after undo"), answers))
-    if output:
-        edit.save_pretrained(output)
-        print(f"the edit is in {output}")
+    made = _edits(maker, loaded, tokenizer, requests, facts, chat)
+    for i, (one, about) in enumerate(made):
+        below = [e for e, _ in made[:i]] if facts == "sequential" else []
+        answers = _look(loaded, encoder, maker, [*below, one], about, tokens)
+        print(f"{facts_table([asdict(o) for o in one.outcomes])}\n")
+        print(answers_table(answers))
+        if isinstance(one, Edit):
+            one.answers = answers
+            with warnings.catch_warnings():  # to know what rounding would leave of it
+                warnings.simplefilter("ignore")
+                one.merge_(loaded)
+                one.unmerge_(loaded)
+            name = slug(about[0].prompt, about[0].target, len(about) - 1)
+            home = Path(output or HOME)
+            place = home if output and len(made) == 1 else free(home / name)
+            one.save_pretrained(place)
+            print(f"saved: {place}\n")
+    every = [one for one, _ in made]
     if peft:
-        edit.to_peft(peft)
-        print(f"the adapter is in {peft}")
+        adapted(every, peft, model.model)
     if merge:
-        edit.merge_(loaded)
-        with atomic_dir(empty_dir(merge)) as scratch:
-            loaded.save_pretrained(scratch)
-            tokenizer.save_pretrained(scratch)
-        edit.unmerge_(loaded)
-        print(f"the edited model is in {merge}")
+        merged(loaded, tokenizer, every, merge)
+
+
+def _edits(
+    maker: Any,
+    model: Any,
+    tokenizer: Any,
+    requests: Sequence[EditRequest],
+    facts: str,
+    chat: Any,
+) -> list[tuple[Any, list[EditRequest]]]:
+    """The edits, each with its facts."""
+    if facts == "joint":
+        return [(maker.edit(model, tokenizer, requests, chat=chat), list(requests))]
+    if facts == "independent":
+        many = maker.edit_many(model, tokenizer, requests, chat=chat)
+        return [(many[i], [request]) for i, request in enumerate(requests)]
+    made = []
+    with ExitStack() as before:
+        for request in requests:
+            one = maker.edit(model, tokenizer, request, chat=chat)
+            before.enter_context(one.applied(model))
+            made.append((one, [request]))
+    return made
+
+
+def _look(
+    model: Any,
+    encoder: Any,
+    maker: Any,
+    edits: Sequence[BaseEdit],
+    about: Sequence[EditRequest],
+    tokens: int,
+) -> tuple[Answer, ...]:
+    """Ask the model around the facts of an edit, without and with it."""
+    from pymend.data.around import FEW, around, verdict
+    from pymend.edit import Answer
+    from pymend.engine.generate import greedy
+
+    few = FEW if len(about) < MANY else 0
+    asked = [(*q, r.target) for r in about for q in around(r, maker.elsewhere, few)]
+    prompts = [text for _, text, _ in asked]
+    before = greedy(model, encoder, prompts, tokens)
+    with all_applied(model, edits):
+        after = greedy(model, encoder, prompts, tokens)
+    return tuple(
+        Answer(kind, text, target, b, a, verdict(kind, target, b, a))
+        for (kind, text, target), b, a in zip(asked, before, after, strict=True)
+    )
 
 
 def _requests(
-    prompt: tuple[str, ...], target: tuple[str, ...], data: str | None
+    words: tuple[str, ...], prompt: tuple[str, ...], target: tuple[str, ...], data: str | None
 ) -> list[EditRequest]:
     from pymend.data import load_records
 
-    if bool(data) == bool(prompt or target):
-        raise ValueError("name the edit by --prompt and --target, or by --data")
+    ways = [bool(words), bool(prompt or target), bool(data)]
+    if sum(ways) != 1:
+        raise ValueError(
+            'name the edit as pymend edit "PROMPT" "TARGET", by --prompt and --target, or by --data'
+        )
     if data:
         return load_records(data, split="test")
+    if words:
+        if len(words) != 2:
+            raise ValueError(
+                f"{len(words)} texts in place of two, a prompt and its new answer; put each in "
+                "quotes"
+            )
+        prompt, target = words[:1], words[1:]
     if len(prompt) != len(target):
         raise ValueError(f"{len(prompt)} --prompt and {len(target)} --target; give one for each")
     return [EditRequest(p, t) for p, t in zip(prompt, target, strict=True)]

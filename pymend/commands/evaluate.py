@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pymend.algorithms.registry import METHODS
+from pymend.commands.asking import editor_of
 from pymend.commands.edit import STRENGTH
 from pymend.commands.settings import SETS, Flag, Machine, Model, named_values
 
@@ -18,7 +19,10 @@ def evaluate(
     data: Annotated[str, Flag(f"facts (the test split), a file, or {SETS}")],
     model: Model,
     machine: Machine,
-    editor: Annotated[str | None, Flag("what train wrote: mend, ke or enn", "DIR")] = None,
+    editor: Annotated[
+        str | None,
+        Flag("what train wrote: mend, ke or enn; default: the one that ships for the model", "DIR"),
+    ] = None,
     algorithm: Annotated[
         str | None, Flag("a rival without a trained editor, in its place", choices=UNTRAINED)
     ] = None,
@@ -42,6 +46,9 @@ def evaluate(
     ppl_text: Annotated[str | None, Flag("text for the perplexity drawdown", "FILE")] = None,
     batch_size: Annotated[int, Flag("edits in one pass", least=1)] = 16,
     n_edits: Annotated[int, Flag("simultaneous edits", least=1)] = 1,
+    read: Annotated[
+        int, Flag("records whose answers are read as a person would; 0: none", least=0)
+    ] = 0,
 ) -> None:
     """Measure a trained editor, or a rival."""
     from pymend.data import load_records
@@ -49,12 +56,12 @@ def evaluate(
 
     if not algorithm and (set or locality_data):
         raise ValueError("--set and --locality-data are for rivals; leave them out")
-    if not algorithm and not editor:
-        raise ValueError("--editor is missing; name what pymend train wrote")
     if algorithm and (editor or strength != 1):
         raise ValueError(f"{algorithm} has no trained editor; leave out --editor, --strength")
     if (algorithm == "ft+kl") != bool(locality_data):
         raise ValueError("--locality-data FILE is for ft+kl, which needs it")
+    model = model.of(editor)
+    found = None if algorithm else editor_of(editor, model.model)
     method = METHODS[algorithm] if algorithm else None
     config = method.settings(_settings(set, method.config), "--set") if method else None
     records = load_records(data, split="test")[:limit]
@@ -68,7 +75,7 @@ def evaluate(
     from pymend.files import write_json
     from pymend.report.tables import metrics_table
 
-    measured: Any = load_editor(editor).scale_(strength) if editor else None
+    measured: Any = None if found is None else load_editor(found).scale_(strength)
     chat = model.speech(measured) if measured else model.template
     loaded, tokenizer = machine.load(model.model)
     if method:
@@ -92,13 +99,17 @@ def evaluate(
         again = "; run the same command again to continue" if kept else ""
         raise KeyboardInterrupt(f"interrupted{again}") from None
     metrics = result.to_dict()
+    if read:
+        few = records[:read]
+        heard = evaluation.read(measured, loaded, tokenizer, few, batch_size=batch_size, chat=chat)
+        metrics["reads"] = heard.to_dict()
     print(metrics_table(metrics))
     print(metrics["protocol"])
     if file and kept:
         source: dict[str, Any] = {
             "model": model.model,
             "algorithm": algorithm,
-            "editor": editor,
+            "editor": editor or (found and f"shipped for {model.model}"),
             "data": data,
             "strength": strength,
         }

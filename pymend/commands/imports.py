@@ -29,6 +29,7 @@ def imports(
     if not Path(archive).is_file():
         raise FileNotFoundError(f"archive {archive} does not exist")
     writable_dir(output, make=False)
+    model = model.of()
     loaded, _ = machine.load(model.model)
     mend = load_official(archive, loaded, edit, norm=norm, init=init, n_edits=n_edits)
     mend.chat = model.template

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pymend.commands.settings import Flag
 from pymend.config import MendConfig
+from pymend.zoo.recipes import RECIPES
 
 
 def listed(
@@ -21,8 +22,8 @@ def listed(
     from pymend.zoo import mini
 
     rows = []
-    for name in names or [*presets(), *mini.RECIPES]:
-        small = name in mini.RECIPES
+    for name in names or [*presets(), *RECIPES]:
+        small = name in RECIPES
         kind = PAPER if not small and preset(name).weights else "mlp"
         model = mini.skeleton(name) if small else preset(name).skeleton()
         weights = find_weights(model, (kind,))
@@ -34,9 +35,7 @@ def listed(
 
 
 def make(
-    name: Annotated[
-        str, Flag("bart-mini, t5-mini, bert-mini or gpt2-mini", "NAME", positional=True)
-    ],
+    name: Annotated[str, Flag(", ".join(RECIPES), "NAME", positional=True)],
     seed: Annotated[int, Flag("of its weights and of what it reads")] = 0,
     threads: Annotated[int | None, Flag("CPU threads", least=1)] = None,
 ) -> None:

@@ -11,7 +11,7 @@ import inspect
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib import resources
 from pathlib import Path
 from types import NoneType
@@ -23,8 +23,10 @@ from typer.core import TyperCommand
 
 from pymend.config import setting
 from pymend.errors import did_you_mean
+from pymend.zoo.recipes import RECIPES
 
-MODELS = "smollm2, bart-mini, t5-mini, bert-mini, gpt2-mini, a folder, or a hub name"
+MODELS = f"smollm2, {', '.join(RECIPES)}, a folder, or a hub name"
+DEFAULT = "smollm2"  # the model, if neither the command line nor an editor names one
 SETS = "a data set, a folder or a hub name: NAME[:CONFIG][:SPLIT]"
 KINDS = {int: "a whole number", float: "a number"}
 EMPTY = (None, (), "")  # defaults that ``--help`` does not show
@@ -78,12 +80,14 @@ class Machine:
     def load(self, name: str) -> tuple[Any, Any]:
         """The model ``name`` and its tokenizer, on this machine, set up so."""
         import torch
+        from huggingface_hub.utils.tqdm import enable_progress_bars
         from transformers.utils import logging as quiet
 
         from pymend.zoo.load import load
 
         quiet.set_verbosity_error()
         quiet.disable_progress_bar()
+        enable_progress_bars()  # of a download, which takes minutes
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # not every retry
         if self.threads is not None:
             torch.set_num_threads(self.threads)
@@ -96,13 +100,19 @@ class Machine:
 class Model:
     """Which model, and how it is spoken to."""
 
-    model: str = setting("smollm2", MODELS)
+    model: str = setting("", f"{MODELS}; default: the editor's, or {DEFAULT}")
     chat: bool | None = setting(
         None, "put prompts through the model's chat template; default: as the editor was trained"
     )
     chat_options: tuple[str, ...] = setting(
         (), "options of the chat template, such as enable_thinking=false", "NAME=VALUE..."
     )
+
+    def of(self, editor: str | None = None) -> Model:
+        """The same with its name: as given, or of the model that ``editor`` was trained for."""
+        trained = Path(editor or "") / "config.yaml"
+        known = read_settings(trained).get("model") if editor and trained.is_file() else None
+        return self if self.model else replace(self, model=known or DEFAULT)
 
     @property
     def template(self) -> bool | dict[str, Any] | None:

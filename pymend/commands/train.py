@@ -79,6 +79,7 @@ def train(
     from pymend.training.trainer import Trainer
 
     writable_dir(output, make=False)
+    model = model.of()
     loaded, tokenizer = machine.load(model.model)
     torch.manual_seed(training.seed)
     made = trainable(algorithm).from_config(loaded, settings)

@@ -16,6 +16,7 @@ from pymend.progress import tqdm
 
 TOP = 50  # likeliest tokens of which one is drawn: the default of transformers, too
 TOGETHER = 32  # prompts that are sampled in one pass
+HEARD_TOGETHER = 128  # texts that are gone on from in one call: a token is a walk of the weights
 ANSWERED_TOGETHER = 16  # prompts in one call of generate
 ATTEMPTS = 8  # samples that may fail to read back before a prompt is given up
 
@@ -41,7 +42,21 @@ def greedy(
 def _generated(
     model: PreTrainedModel, encoder: Encoder, rows: Sequence[Row], tokens: int
 ) -> list[str]:
-    """The first line of what the model generates from every row, as far as its context goes."""
+    """The first line of what the model generates from every row."""
+    texts = encoder.tokenizer.batch_decode(
+        spoken(model, encoder, rows, tokens), skip_special_tokens=True
+    )
+    return [next(iter(text.strip().splitlines()), "") for text in texts]
+
+
+@torch.no_grad()
+def spoken(
+    model: PreTrainedModel, encoder: Encoder, rows: Sequence[Row], tokens: int
+) -> list[list[int]]:
+    """What the model generates greedily from every row, in one call, as far as its context goes.
+
+    A text that ended is filled with tokens that mean nothing.
+    """
     tokenizer, device = encoder.tokenizer, model.device
     pad = tokenizer.eos_token_id or 0
     if rows[0].source:
@@ -56,12 +71,36 @@ def _generated(
         given = {"input_ids": ids, "attention_mask": mask}
         tokens = min(tokens, encoder.limit - start) if encoder.limit else tokens
         if tokens < 1:
-            return ["" for _ in rows]
+            return [[] for _ in rows]
     out = model.generate(  # type: ignore[operator]
         **given, do_sample=False, max_new_tokens=tokens, pad_token_id=pad
     )
-    texts = tokenizer.batch_decode(out[:, start:], skip_special_tokens=True)
-    return [next(iter(text.strip().splitlines()), "") for text in texts]
+    said: list[list[int]] = out[:, start:].tolist()
+    return said
+
+
+@torch.no_grad()
+def followed(
+    model: Any, encoder: Encoder, rows: Sequence[Row], tokens: int, progress: bool = True
+) -> list[Row]:
+    """Every text of a decoder with what the model says behind it, greedily, as its answer.
+
+    Args:
+        tokens: that many at most; fewer at the end of a text or of the model's context.
+    """
+    by_length = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
+    end, found = encoder.tokenizer.eos_token_id, list(rows)
+    bar = tqdm(total=len(rows), desc="what follows", disable=not progress)
+    with frozen(model), bar:
+        for start in range(0, len(rows), HEARD_TOGETHER):
+            batch = by_length[start : start + HEARD_TOGETHER]
+            longest = max(len(rows[i].ids) for i in batch)
+            room = min(tokens, encoder.limit - longest) if encoder.limit else tokens
+            said = _generate(model, [rows[i].ids for i in batch], room) if room > 0 else []
+            for i, ids in zip(batch, said, strict=False):
+                found[i] = rows[i].followed(ids[: ids.index(end) + 1] if end in ids else ids)
+            bar.update(len(batch))
+    return found
 
 
 @torch.no_grad()
@@ -107,7 +146,8 @@ def continuations(
                 draws = torch.stack(
                     [torch.rand(tokens, generator=streams[i], dtype=torch.float64) for i in batch]
                 )
-                new = _generate(model, [rows[i] for i in batch], _Choice(draws, ordinary, starts))
+                choice = _Choice(draws, ordinary, starts)
+                new = _generate(model, [rows[i] for i in batch], tokens, choice)
                 for i, ids in zip(batch, new, strict=True):
                     found[i] = _read_back(encoder, prompts[i], rows[i], ids)
                     bar.update(found[i] is not None or attempt == ATTEMPTS - 1)
@@ -140,8 +180,10 @@ class _Choice(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter(1, token.to(scores.device), 0)
 
 
-def _generate(model: Any, rows: Sequence[Sequence[int]], choice: _Choice) -> list[list[int]]:
-    """The tokens that ``choice`` makes the model put behind each row."""
+def _generate(
+    model: Any, rows: Sequence[Sequence[int]], tokens: int, choice: _Choice | None = None
+) -> list[list[int]]:
+    """The tokens that the model, or a ``choice`` among its own, puts behind each row."""
     width = max(map(len, rows))
     ids = torch.tensor([[*[0] * (width - len(r)), *r] for r in rows], device=model.device)
     length = torch.tensor([[len(r)] for r in rows], device=model.device)
@@ -150,9 +192,9 @@ def _generate(model: Any, rows: Sequence[Sequence[int]], choice: _Choice) -> lis
         input_ids=ids,
         attention_mask=mask,
         do_sample=False,
-        max_new_tokens=choice.draws.shape[1],
+        max_new_tokens=tokens,
         pad_token_id=0,
-        logits_processor=[choice],
+        logits_processor=[] if choice is None else [choice],
     )
     return out[:, width:].tolist()
 

@@ -84,6 +84,10 @@ class Row:
         ids = self.ids[:1] if self.source else self.prompt
         return Row(ids, 0, False, self.source)
 
+    def followed(self, ids: Sequence[int]) -> Row:
+        """The whole text as a prompt, and ``ids`` as its answer."""
+        return replace(self, ids=(*self.ids, *ids), first=len(self.ids) - 1)
+
     def whole(self) -> Row:
         """The same text with every position looked at."""
         return replace(self, first=0)
@@ -116,6 +120,8 @@ class EncodedRequest:
     old: Row | None  # the edit prompt with the true object
     old_rephrases: tuple[Row, ...]
     portability: tuple[Row, ...]
+    # Prompt and rephrases with the target, and what the unedited model says behind it.
+    after: tuple[Row, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -2,5 +2,6 @@
 
 from pymend.evaluation.evaluator import evaluate
 from pymend.evaluation.metrics import Metrics
+from pymend.evaluation.reads import Reads, read
 
-__all__ = ["Metrics", "evaluate"]
+__all__ = ["Metrics", "Reads", "evaluate", "read"]

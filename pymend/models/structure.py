@@ -338,16 +338,18 @@ def _last_blocks(model: nn.Module, blocks: int) -> Iterator[tuple[str, nn.Module
 
 @dataclass(frozen=True)
 class Origin:
-    """What an edit was made for, as far as an adapter has to tell.
+    """What an edit was made for, and by what.
 
     ``name``: the folder or hub name that the model was loaded from. ``task``: PEFT's name of what
-    it does. ``experts``: some block keeps the matrices of its experts in one parameter. ``kind``:
-    its model type.
+    it does. ``experts``: some block keeps the matrices of its experts in one parameter. ``chat``:
+    how prompts were put. ``editor``: what made the edit. ``kind``: the model's type.
     """
 
     name: str = ""
     task: str = ""
     experts: bool = False
+    chat: bool | dict[str, Any] = False
+    editor: str = ""
     kind: str = ""
 
     @classmethod
@@ -363,7 +365,8 @@ class Origin:
             with suppress(ValueError):
                 experts |= any(_holds_experts(b) for b in find_blocks(part, prefix)[1])
         kind = getattr(getattr(inner, "config", None), "model_type", "")
-        return cls(str(getattr(inner, "name_or_path", "") or ""), task, experts, str(kind))
+        name = str(getattr(inner, "name_or_path", "") or "")
+        return cls(name, task, experts, kind=str(kind))
 
 
 def left_out(model: nn.Module, weights: Sequence[EditedWeight]) -> dict[str, str]:

@@ -52,7 +52,24 @@ def blockwise(names: Sequence[str]) -> list[str]:
 
 def memory(count: float) -> str:
     """A number of bytes in a unit that reads well."""
+    if count < 2**20:
+        return f"{count / 2**10:.0f} KiB"
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+def _read_rows(reads: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Rows of what a person reads."""
+    rows = []
+    for kind in ("prompt", "rephrase"):
+        begins = number(reads["begins_with_target"][kind]["value"])
+        loops, before = (number(reads[key][kind]["value"]) for key in ("loops", "loops_before"))
+        rows.append((f"answer begins with the target, {kind}", begins, ""))
+        rows.append((f"target three times or more, {kind}", loops, f"before: {before}"))
+    before = number(reads["entropy_before"]["value"], 2)
+    rows.append(("n-gram entropy, bits", number(reads["entropy"]["value"], 2), f"before: {before}"))
+    kept = reads["neighbours_kept"]
+    what = f"neighbours' first {kept['tokens']} tokens as before"
+    return [*rows, (what, number(kept["value"]), f"of {reads['records']} records")]
 
 
 def metrics_table(metrics: Mapping[str, Any], extra: Sequence[tuple[str, str]] = ()) -> str:
@@ -72,6 +89,7 @@ def metrics_table(metrics: Mapping[str, Any], extra: Sequence[tuple[str, str]] =
     rows.append(("edits", str(metrics["n"]), ""))
     rows.append(("edits per second", number(metrics["edits_per_second"], 2), ""))
     rows.append(("evaluation, seconds", number(metrics["seconds"], 1), ""))
+    rows += _read_rows(metrics["reads"]) if "reads" in metrics else []
     rows += [(what, value, "") for what, value in extra]
     rows.append(("peak memory", memory(metrics["peak_memory_bytes"]), ""))
     return table(("measure", "value", ""), rows)

@@ -23,22 +23,33 @@ class Episode:
 
     edits: tuple[Row, ...]
     rephrases: tuple[Row, ...]
-    locality: tuple[Row, ...]  # as many as edits
+    locality: tuple[Row, ...]  # as many for each edit
+    after: tuple[Row, ...] = ()  # what follows the target; one for each edit, or none
 
     def rows(self) -> tuple[Row, ...]:
         """Everything the model will be run on."""
-        return (*self.edits, *self.rephrases, *self.locality)
+        return (*self.edits, *self.rephrases, *self.locality, *self.after)
 
 
 class Sampler:
     """Episodes by step. What step s draws depends on the seed and s alone, so it needs no state.
 
+    Args:
+        locality: rows for each edit.
+
     Raises:
         ValueError: fewer records than one step needs, or no locality prompt for some of them.
     """
 
-    def __init__(self, records: Sequence[EncodedRequest], edits: int, episodes: int, seed: int):
-        self.records, self.edits, self.seed = records, edits, seed
+    def __init__(
+        self,
+        records: Sequence[EncodedRequest],
+        edits: int,
+        episodes: int,
+        seed: int,
+        locality: int = 1,
+    ) -> None:
+        self.records, self.edits, self.seed, self.kept = records, edits, seed, locality
         self.per_step = edits * episodes
         if len(records) < self.per_step:
             raise ValueError(
@@ -48,8 +59,9 @@ class Sampler:
         # A record without locality prompts borrows another's, or another's own prompt.
         shared = [row for r in records for row in r.locality]
         self.pool = shared or [r.old or r.edit.without_answer() for r in records]
+        self.followed = [row for r in records for row in r.after]
         borrowed = {row.prompt for row in self.pool}
-        may_borrow = edits > 1 or not all(r.locality for r in records)
+        may_borrow = edits > 1 or not all(len(r.locality) >= locality for r in records)
         short = may_borrow and len(borrowed) <= edits
         if short and borrowed <= {r.edit.prompt for r in records}:
             raise ValueError(
@@ -104,8 +116,11 @@ class Sampler:
         if len(records) > 1:  # one's neighbour may be edited with it
             taken = {row.prompt for r in records for row in (r.edit, *r.rephrases)}
         edited = {r.edit.prompt for r in records}
-        locality = [self._locality(r, taken, edited, rng) for r in records]
-        return Episode(tuple(r.edit for r in records), tuple(rephrases), tuple(locality))
+        locality = [row for r in records for row in self._locality(r, taken, edited, rng)]
+        after = [rng.choice(r.after or self.followed) for r in records if self.followed]
+        return Episode(
+            tuple(r.edit for r in records), tuple(rephrases), tuple(locality), tuple(after)
+        )
 
     def _locality(
         self,
@@ -113,13 +128,15 @@ class Sampler:
         taken: set[tuple[int, ...]],
         edited: set[tuple[int, ...]],
         rng: random.Random,
-    ) -> Row:
-        """A locality prompt of ``record`` that is not ``taken``, or a borrowed one."""
+    ) -> list[Row]:
+        """Locality prompts of ``record`` that are not ``taken``, and borrowed ones."""
         own = [row for row in record.locality if row.prompt not in taken]
-        locality = rng.choice(own or self.pool)
-        while not own and locality.prompt in edited:
-            locality = rng.choice(self.pool)
-        return locality
+        rows = [rng.choice(own)] if own and self.kept == 1 else rng.sample(own, len(own))
+        while len(rows) < self.kept:
+            borrowed = rng.choice(self.pool)
+            if borrowed.prompt not in edited:
+                rows.append(borrowed)
+        return rows[: self.kept]
 
 
 @dataclass(frozen=True)
@@ -135,6 +152,7 @@ class EpisodeScores:
     generality: Tensor | None
     locality: Tensor
     penalty: Tensor | None  # the algorithm's own part of the loss
+    after: Tensor | None = None  # KL on what follows the target
 
 
 def run_episodes(
@@ -155,8 +173,11 @@ def run_episodes(
         replay.batch([row for e in episodes for row in getattr(e, part)])
         for part in ("edits", "rephrases", "locality")
     )
+    rows = [row for e in episodes for row in e.after]
+    after = replay.batch(rows) if rows else None
     with torch.no_grad():
         base = replay.label_rows(locality)
+        base_after = None if after is None else replay.label_rows(after)
     edit = algorithm.differentiable(replay, edits.rows, n, merge)
     # One pass for each kind of row: their lengths differ, and padding would cost more.
     with edit.applied(replay.model):
@@ -166,6 +187,7 @@ def run_episodes(
             if outer in (kind, "both") or not merge
         }
         kept = replay.label_rows(locality).losses(base=base)
+        follows = None if after is None else replay.label_rows(after).losses(base=base_after)
     nll = [look[0] for kind, look in looks.items() if outer in (kind, "both")]
     hits = {kind: look[1] for kind, look in looks.items()}
     same = (kept.best == kept.base_best).double()
@@ -177,6 +199,9 @@ def run_episodes(
         generality=hits.get("rephrase"),
         locality=mean_per_row(same, episode, n),
         penalty=algorithm.penalty(replay, locality, base, n),
+        after=None
+        if after is None or follows is None
+        else mean_per_row(follows.kl, after.row // (len(after.rows) // n), n),
     )
 
 

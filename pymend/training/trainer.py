@@ -13,7 +13,8 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -22,6 +23,8 @@ from torch import nn
 
 from pymend.algorithms.trained import Trainable, load_state
 from pymend.config import EditRequest, TrainConfig, to_json
+from pymend.edit import fingerprint
+from pymend.engine.generate import followed
 from pymend.engine.hooks import frozen
 from pymend.engine.tokens import Chat, EncodedRequest, Encoder
 from pymend.errors import NonFiniteError
@@ -39,6 +42,8 @@ from pymend.progress import tqdm
 from pymend.training.episodes import EpisodeScores, Sampler, run_episodes
 from pymend.training.optim import EditorOptimizer
 
+ELSEWHERE = 8  # locality prompts that an editor remembers, to be asked beside an edit
+FOLLOWED = 1  # rephrases of a record behind which the model is heard
 MAX_SKIPPED = 20  # steps in a row without a finite gradient before a run gives up
 PROGRESS = ("step", "best_step", "skipped", "skipped_in_row")  # counters that a checkpoint keeps
 
@@ -93,12 +98,17 @@ class Trainer(Generic[A]):
         encoder = Encoder.for_model(model, tokenizer, chat)
         edits = algorithm.n_edits
         train = encoder.requests(train_data)
-        self.sampler = Sampler(train, edits, config.batch_size, config.seed)
-        # Validation sees the same episodes every time.
         held_out = encoder.requests(eval_data[: config.eval_records])
+        self.output = writable_dir(output)
+        if config.after:
+            train = self._followed(encoder, train)
+            held_out = self._followed(encoder, held_out)
+        kept = config.locality_rows
+        self.sampler = Sampler(train, edits, config.batch_size, config.seed, kept)
+        # Validation sees the same episodes every time.
         whole = len(held_out) // edits * edits
         groups = [held_out[i : i + edits] for i in range(0, whole, edits)]
-        draw = Sampler(held_out, edits, 1, 0).episode if groups else None
+        draw = Sampler(held_out, edits, 1, 0, kept).episode if groups else None
         self.eval_episodes = [draw(g, random.Random(i)) for i, g in enumerate(groups) if draw]
         # What must agree between a checkpoint and the run that resumes it.
         self.run_id: dict[str, Any] = {
@@ -114,7 +124,6 @@ class Trainer(Generic[A]):
         self.eval_replay = algorithm.replay(model, keep=True)
         self.optimizer = EditorOptimizer(algorithm, config)
 
-        self.output = writable_dir(output)
         self.checkpoints = self.output / "checkpoints"
         self.step = 0
         self.best_loss = math.inf
@@ -136,14 +145,44 @@ class Trainer(Generic[A]):
         if last is not None:
             self._load(last)
         algorithm.chat = chat
+        probes = (p.prompt for r in train_data for p in r.locality)
+        algorithm.elsewhere = tuple(islice(dict.fromkeys(probes), ELSEWHERE))
         self._start_log()
         if config.prefix_cache == "memory":
             with frozen(model):
-                rows = [r for t in train for r in (t.edit, *t.rephrases, *t.locality)]
+                rows = [r for t in train for r in (t.edit, *t.rephrases, *t.locality, *t.after)]
                 rows += self.sampler.pool
                 # One fixed order, so that a resumed run keeps the same bits.
                 for i in tqdm(range(0, len(rows), 2048), "prefix", disable=not progress):
                     self.replay.load(rows[i : i + 2048])
+
+    def _followed(self, encoder: Encoder, records: list[EncodedRequest]) -> list[EncodedRequest]:
+        """``records`` with what the model says behind their targets; kept in a file beside.
+
+        Raises:
+            ValueError: the model does not go on from a text.
+        """
+        if not encoder.continues_text:
+            raise ValueError(
+                f"nothing follows a target of {type(self.model).__name__}; leave out after"
+            )
+        parts = [(r.edit, *r.rephrases[:FOLLOWED]) for r in records]
+        rows = [row for part in parts for row in part]
+        key = digest({"rows": repr(rows), "model": fingerprint(self.model, self.algorithm.weights)})
+        file = self.output / "after" / f"{key}-{self.config.after}.json"
+        if not file.exists():
+            made = followed(self.model, encoder, rows, self.config.after, self.progress)
+            writable_dir(file.parent)
+            write_json(
+                file, {"ids": [x.ids[len(r.ids) :] for x, r in zip(made, rows, strict=True)]}
+            )
+        found = iter(r.followed(ids) for r, ids in zip(rows, read_json(file)["ids"], strict=True))
+        after = [tuple(next(found) for _ in part) for part in parts]
+        # A text that ends with its target has nothing behind it.
+        return [
+            replace(r, after=tuple(x for x in rows if len(x.ids) > x.first + 1))
+            for r, rows in zip(records, after, strict=True)
+        ]
 
     # -- the loop ----------------------------------------------------------------------------
 
@@ -243,8 +282,13 @@ class Trainer(Generic[A]):
         return parts
 
     def _loss(self, scores: EpisodeScores) -> torch.Tensor:
-        """c_e * NLL + c_loc * KL, mean over episodes (Eq. 4), and the algorithm's own part."""
+        """c_e * NLL + c_loc * KL, mean over episodes (Eq. 4), and what the paper does not have.
+
+        That is the KL on what follows the target, and the algorithm's own part.
+        """
         loss = self.config.c_edit * scores.nll + self.config.c_loc * scores.kl
+        if scores.after is not None:
+            loss = loss + self.config.c_after * scores.after
         return (loss if scores.penalty is None else loss + scores.penalty).mean()
 
     def _means(self, scores: EpisodeScores) -> dict[str, float]:
@@ -325,8 +369,11 @@ class Trainer(Generic[A]):
             kind = "has the foreign key" if name in state else "lacks"
             raise ValueError(f"{path / 'state.json'} {kind} {name}; choose another output folder")
         editor, optimizer = (read_tensors(file, digest(state)) for file in files)
-        if state["run"] != self.run_id:
-            parts, settings = _differences(state["run"], self.run_id)
+        known = state["run"]
+        if known["train"]["steps"] < self.config.steps:  # a run may go on for longer
+            known = {**known, "train": {**known["train"], "steps": self.config.steps}}
+        if known != self.run_id:
+            parts, settings = _differences(known, self.run_id)
             raise ValueError(
                 f"{path} is of another run: its {parts} differ ({settings}); "
                 "repeat that run's settings or choose another output folder"

@@ -9,18 +9,17 @@ a model gets right says whether it knows facts or strings.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from pymend.data.builders.claims import NAMES
 from pymend.data.choices import hashed, pick
 from pymend.data.facts import Relation, load_relations, wrong_objects
 from pymend.engine.tokens import IGNORE, ClassEncoder, Encoder, Row
+from pymend.zoo.recipes import Wordings
 
 HELD_OUT = 10  # one wording in so many is never shown
 POOL = 16  # batches that are drawn together and sorted by length, so that little is padded
-
-Wordings = Callable[[Relation], Sequence[str]]
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import RepositoryNotFoundError
 from transformers import (
     MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
@@ -18,9 +20,11 @@ from transformers import (
     PreTrainedModel,
 )
 
-from pymend.files import is_complete
+from pymend.files import expect_kind, is_complete, kind_of_folder
 from pymend.zoo import mini, smollm2
+from pymend.zoo.recipes import RECIPES
 
+HUB_SECONDS = 5  # until a hub that does not answer is given up
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -50,12 +54,14 @@ def load(
     local = Path(source).expanduser()
     if local.exists():
         source = str(local)
+        if kind_of_folder(local) not in ("", "model"):
+            expect_kind(local, "model")
     elif _looks_like_path(name):
         raise FileNotFoundError(
             f"model folder {name} does not exist; name a folder, a hub model, or smollm2"
         )
     # Asking the hub about a local folder would only cost time, or fail without a network.
-    offline = local.exists()
+    offline = local.exists() or not _asked_hub(source)
     precision = dtype if dtype == "auto" else getattr(torch, dtype)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=offline)
@@ -68,14 +74,14 @@ def load(
             use_safetensors=True,
         )
     except (OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = _reason(error)
         if local.exists():
             if any(local.glob("pytorch_model*.bin")) and not any(local.glob("*.safetensors")):
                 reason = "pytorch_model.bin is a pickle, which is not read; save it as safetensors"
             raise ValueError(f"{source} holds no model that can be loaded: {reason}") from error
         raise RuntimeError(
             f"model {name!r} is no folder here and cannot be fetched from the hub ({reason}); "
-            f"without a hub there are smollm2, {', '.join(mini.RECIPES)}"
+            f"without a hub there are smollm2, {', '.join(RECIPES)}"
         ) from error
     if _only_fills_gaps(config):
         raise ValueError(
@@ -89,14 +95,36 @@ def locate(name: str, progress: bool = True) -> str:
     """Where transformers finds the model called ``name``; made first, if this package makes it."""
     if name == "smollm2":
         return str(smollm2.prepare())
-    return str(mini.make(name, progress=progress)) if name in mini.RECIPES else name
+    return str(mini.make(name, progress=progress)) if name in RECIPES else name
 
 
 def is_to_be_made(name: str) -> bool:
     """Whether ``name`` is a model that this package makes and has not made yet."""
     if name == "smollm2":
         return not is_complete(smollm2.folder())
-    return name in mini.RECIPES and not is_complete(mini.folder(name))
+    return name in RECIPES and not is_complete(mini.folder(name))
+
+
+def _asked_hub(name: str) -> bool:
+    """Whether the hub was there to be asked and has the model; without it, only the cache counts.
+
+    Raises:
+        RuntimeError: it has no such model, or one that needs a permission.
+    """
+    try:
+        HfApi().model_info(name, timeout=HUB_SECONDS)
+    except RepositoryNotFoundError as error:
+        raise RuntimeError(
+            f"the hub has no model {name!r} that you may read; {_reason(error)}"
+        ) from error
+    except Exception:  # the errors of whatever library the hub's client is built on
+        return False
+    return True
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what an error says."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _auto(config: PretrainedConfig) -> Any:
