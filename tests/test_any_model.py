@@ -7,6 +7,7 @@ import random
 import warnings
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import architectures
 import peft
@@ -130,6 +131,16 @@ def test_a_model_without_a_prefix_is_run_whole_and_says_so() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # tried once, said once
         assert torch.equal(labels(model, prefix=True), exact)
+
+
+def test_blocks_that_run_several_times_keep_no_prefix() -> None:
+    """With one state for all turns HRM's answers would hardly change, its gradients would."""
+    config = {**architectures.OVERRIDES.get("hrm_text", {}), "H_cycles": 1, "L_bp_cycles": [2]}
+    with mock.patch.dict(architectures.OVERRIDES, {"hrm_text": config}):
+        model = architectures.build("causal", "hrm_text")
+    mend = tiny.tiny_mend(model, norm=False)
+    with pytest.warns(UserWarning, match="no frozen prefix .*run several times"):
+        mend.edit(model, tiny.tokenizer(), tiny.facts(1)[0])
 
 
 def test_rows_too_short_for_a_trial_prove_nothing() -> None:
