@@ -10,7 +10,8 @@ PYTEST := $(BIN)/python -m pytest
 ASAN := build/asan
 CXX ?= c++
 
-.PHONY: setup build style quality test test-slow emu asan demo reproduce wheel wheel-check sdist docs site bench gpu gpu-dry-run
+.PHONY: setup build style quality test test-slow emu asan demo reproduce wheel wheel-check sdist docs site architectures bench \
+  gpu gpu-dry-run
 
 setup:  ## .venv with torch, dependencies and the package; TORCH=... and PYTHON=... override
 	@tools/setup.sh
@@ -67,6 +68,9 @@ docs: setup  ## the tables of measurements in README and docs, from the raw rows
 
 site: setup  ## build/docs/index.html from docs and docstrings; a warning is an error
 	$(BIN)/python -m sphinx -W --keep-going -q -b html -d build/doctrees docs build/docs
+
+architectures: build  ## docs/architectures.md: every architecture of transformers, tried; 15 minutes on a core, goes on where it stopped
+	$(BIN)/python tests/sweep.py
 
 bench: build
 	$(PYTEST) benchmarks

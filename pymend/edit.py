@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 SAMPLES = 1024  # elements of each weight in a fingerprint
 EXPERT_NAMES = {"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}  # that PEFT converts
+MAMBA = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}  # PEFT refuses out_proj
 LOSSY = 0.98  # a merge that keeps less of the wanted change than this warns
 
 # Merged edits of every model, oldest first: undo runs backwards through this list.
@@ -501,6 +502,11 @@ class Edit(BaseEdit):
             raise ValueError(
                 f"PEFT takes {', '.join(sorted(names))} of a model with experts for those of its "
                 "experts, so an adapter would not act as the edit does; save the merged model"
+            )
+        if self.origin.kind in MAMBA and any(w.module.endswith(".out_proj") for w in plain):
+            raise ValueError(
+                f"PEFT loads no adapter of out_proj of a model of the type {self.origin.kind}; "
+                "save the merged model"
             )
         self.check_finite()
         layers = {w.module: self.factors[w.name].lora() for w in plain}

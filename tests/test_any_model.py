@@ -7,7 +7,9 @@ import random
 import warnings
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
+import architectures
 import peft
 import pytest
 import tiny
@@ -80,6 +82,21 @@ def test_classes_do_not_depend_on_batch_mates(
         assert many.outcomes[i].probability_after == pytest.approx(after, rel=1e-3)
 
 
+def test_a_classifier_without_a_padding_id_takes_one_text_at_a_time() -> None:
+    """Transformers cannot find the ends of several texts then, even of equal length."""
+    sizes = {**LLAMA, "initializer_range": 0.3}
+    model, text = classifier("llama", **sizes), tiny.tokenizer(end=True)
+    assert model.config.pad_token_id is None
+    mend = tiny.tiny_mend(model, norm=False)
+    alike = [EditRequest("da de di", "0"), EditRequest("fe fi fo", "1")]
+    assert mend.edit(model, text, alike[0]).outcomes
+    for requests in (alike, claims()):
+        with pytest.raises(ValueError, match=r"LlamaFor.* takes one text at a time .*pad_token_id"):
+            mend.edit_many(model, text, requests)
+    model.config.pad_token_id = 0
+    assert len(mend.edit_many(model, text, claims()).outcomes) == 3
+
+
 # -- the frozen prefix proves itself ---------------------------------------------------------------
 
 
@@ -114,6 +131,16 @@ def test_a_model_without_a_prefix_is_run_whole_and_says_so() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # tried once, said once
         assert torch.equal(labels(model, prefix=True), exact)
+
+
+def test_blocks_that_run_several_times_keep_no_prefix() -> None:
+    """With one state for all turns HRM's answers would hardly change, its gradients would."""
+    config = {**architectures.OVERRIDES.get("hrm_text", {}), "H_cycles": 1, "L_bp_cycles": [2]}
+    with mock.patch.dict(architectures.OVERRIDES, {"hrm_text": config}):
+        model = architectures.build("causal", "hrm_text")
+    mend = tiny.tiny_mend(model, norm=False)
+    with pytest.warns(UserWarning, match="no frozen prefix .*run several times"):
+        mend.edit(model, tiny.tokenizer(), tiny.facts(1)[0])
 
 
 def test_rows_too_short_for_a_trial_prove_nothing() -> None:
@@ -163,6 +190,34 @@ def test_a_model_that_padding_changes_takes_facts_of_one_length() -> None:
         mend.edit_many(model, text, [first, longer])
 
 
+def test_what_padding_does_is_asked_again_where_texts_are_longer() -> None:
+    """CANINE pools four characters, so of five and seven it shows nothing."""
+    model, text = architectures.build("classification", "canine"), tiny.tokenizer(end=True)
+    mend = tiny.tiny_mend(model, norm=False)
+    assert mend.edit(model, text, EditRequest("da de di do du fa", "0")).outcomes
+    with pytest.raises(ValueError, match=r"CanineFor.* takes no texts of unequal length"):
+        mend.edit_many(model, text, claims())
+
+
+def test_a_head_that_is_not_given_rows_of_tokens_gets_whole_rows() -> None:
+    """ProphetNet's is given what predicts one token ahead beside what predicts two."""
+    model, text = architectures.build("seq2seq", "prophetnet"), tiny.tokenizer(end=True)
+    requests = [EditRequest("da de di do du", "fa"), EditRequest("fe fi fo fu ga", "go")]
+    mend = tiny.tiny_mend(model, norm=False)
+    outcomes = mend.edit_many(model, text, requests).outcomes
+    for request, outcome in zip(requests, outcomes, strict=True):
+        source, answer = (text(x).input_ids for x in (request.prompt, request.target))
+        ids = torch.tensor([[model.config.decoder_start_token_id, *answer[:-1]]])
+        with torch.no_grad():
+            logits = model(torch.tensor([source]), decoder_input_ids=ids).logits[0]
+        chosen = logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])
+        wanted = float(chosen.mean().exp())
+        assert outcome.probability_before == pytest.approx(wanted, rel=1e-4)
+    longer = EditRequest("fe fi fo fu ga", "go gu")
+    with pytest.raises(ValueError, match="takes no texts of unequal length"):
+        mend.edit_many(model, text, [requests[0], longer])  # its decoder looks at padding
+
+
 # -- rows ------------------------------------------------------------------------------------------
 
 
@@ -190,27 +245,80 @@ def test_attention_rows_do_not_depend_on_batch_mates() -> None:
 
 
 class Routed(nn.Module):
-    """Runs ``inner`` on every other token, as an expert is run."""
+    """Runs ``inner`` on every other token of a text, as an expert is run."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
         self.inner = inner
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        out = torch.zeros_like(flat)
-        out[1::2] = self.inner(flat[1::2])
-        return out.view(x.shape)
+        sent = x[:, 1::2]
+        out = torch.zeros_like(x)
+        out[:, 1::2] = self.inner(sent.flatten(0, 1)).view(sent.shape)
+        return out
 
 
 def test_modules_that_see_some_of_the_tokens_are_not_mixed() -> None:
     model, text = tiny.llama(), tiny.tokenizer()
     model.model.layers[-1].mlp = Routed(model.model.layers[-1].mlp)
     mend = tiny.tiny_mend(model, edit=("*.3.mlp.*",), norm=False)
-    requests = [EditRequest("da de di", "ba"), EditRequest("fe fi fo", "be")]
+    requests = [EditRequest("da de di do du", "ba"), EditRequest("fe fi fo fu fa", "be")]
     assert mend.edit(model, text, requests[0]).outcomes
     with pytest.raises(ValueError, match=r"layers\.3\.mlp.* is given .* edits would be mixed"):
         mend.edit_many(model, text, requests)
+
+
+def test_as_many_texts_as_tokens_are_not_mixed_where_time_comes_first() -> None:
+    """XLNet's layers are given [tokens, texts, width], here of the same shape as the other way."""
+    model, text = architectures.build("causal", "xlnet"), tiny.tokenizer()
+    mend, draw = tiny.tiny_mend(model, norm=False), random.Random(0)
+    requests = [EditRequest(" ".join(draw.sample(tiny.WORDS, 5)), "ba") for _ in range(5)]
+    assert mend.edit(model, text, requests[0]).outcomes
+    with pytest.raises(ValueError, match=r"is given token after token, .* edits would be mixed"):
+        mend.edit_many(model, text, requests)
+
+
+class Twice(nn.Module):
+    """Runs ``inner`` a second time, on what nobody looks at."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.inner(x)
+        self.inner(2 * x)
+        return y
+
+
+def test_a_call_that_nobody_hears_adds_nothing() -> None:
+    model, text, request = tiny.llama(), tiny.tokenizer(), tiny.facts(1)[0]
+    plain = tiny.tiny_mend(model, edit=("*.3.mlp.*",), norm=False).edit(model, text, request)
+    model.model.layers[-1].mlp = Twice(model.model.layers[-1].mlp)
+    twice = tiny.tiny_mend(model, edit=("*.3.mlp.*",), norm=False).edit(model, text, request)
+    for f, g in zip(plain.factors.values(), twice.factors.values(), strict=True):
+        torch.testing.assert_close(f.u, g.u)
+        torch.testing.assert_close(f.delta, g.delta)
+
+
+class Silent(nn.Module):
+    """An MLP that has no say."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 0 * self.inner(x)
+
+
+def test_where_there_is_no_gradient_there_is_no_change() -> None:
+    model, text, request = tiny.llama(), tiny.tokenizer(), tiny.facts(1)[0]
+    model.model.layers[-1].mlp = Silent(model.model.layers[-1].mlp)
+    mend = tiny.seasoned_mend(model, edit=("*.3.*_proj.weight",))
+    edit = mend.edit(model, text, request)
+    assert [len(f.u) for name, f in edit.factors.items() if ".mlp." in name] == [0, 0, 0]
+    assert edit.rank > 0
 
 
 # -- which weights ---------------------------------------------------------------------------------
@@ -240,6 +348,23 @@ def test_attention_is_never_taken_for_an_mlp(name: str, inside: str) -> None:
     beside = left_out(model, weights)
     assert any("attn" in n or "attention" in n or "mamba" in n for n in beside)
     assert not {w.module for w in weights} & beside.keys()
+
+
+def test_a_layer_that_returns_more_than_its_product_is_refused_by_name() -> None:
+    """Llama 4's routers are linear layers that return a pair."""
+    model = tiny.llama()
+
+    class Pair(nn.Linear):
+        def forward(self, x: torch.Tensor) -> Any:
+            y = super().forward(x)
+            return y, y
+
+    mlp = model.model.layers[-1].mlp
+    mlp.router = Pair(HIDDEN, 4, bias=False)
+    mlp.register_forward_pre_hook(lambda module, args: module.router(args[0]) and None)
+    mend = tiny.tiny_mend(model, edit=("*.3.mlp.*",), norm=False)
+    with pytest.raises(ValueError, match=r"router\.weight returns more than its product"):
+        mend.edit(model, tiny.tokenizer(), tiny.facts(1)[0])
 
 
 @pytest.mark.parametrize("name", ["gpt_oss", "mixtral", "minimax_m2", "olmoe"])
@@ -371,6 +496,21 @@ def test_peft_would_take_shared_experts_for_experts() -> None:
     mend = tiny.tiny_mend(model, norm=False)
     edit = mend.edit(model, tiny.tokenizer(), tiny.facts(1)[0])
     with pytest.raises(ValueError, match="PEFT takes down_proj, gate_proj, up_proj of a model"):
+        edit.to_peft("adapter")
+
+
+def test_peft_would_take_longcats_mlp_for_experts() -> None:
+    """Some of its experts do nothing and have no way down."""
+    model = architectures.build("causal", "longcat_flash")
+    edit = tiny.seasoned_mend(model).edit(model, tiny.tokenizer(), tiny.facts(1)[0])
+    with pytest.raises(ValueError, match="PEFT takes down_proj, gate_proj, up_proj of a model"):
+        edit.to_peft("adapter")
+
+
+def test_peft_loads_no_adapter_of_mambas_way_out() -> None:
+    model = architectures.build("causal", "mamba")
+    edit = tiny.seasoned_mend(model).edit(model, tiny.tokenizer(), tiny.facts(1)[0])
+    with pytest.raises(ValueError, match="no adapter of out_proj of a model of the type mamba;"):
         edit.to_peft("adapter")
 
 

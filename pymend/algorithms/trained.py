@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pymend.algorithms.base import Algorithm, E
 from pymend.config import EditorConfig, TrainConfig, from_json, to_json
 from pymend.edit import fingerprint
-from pymend.engine.capture import Factors, capture
+from pymend.engine.capture import Factors, capture, mixed
 from pymend.engine.losses import LabelRows, mean_of_seen
 from pymend.engine.replay import Replay
 from pymend.engine.tokens import Batch, Row
@@ -294,8 +294,11 @@ def edit_gradient(
 
     Raises:
         NonFiniteError: a captured row is not finite.
+        ValueError: the rows of the episodes cannot be told apart.
     """
     batch = replay.batch(rows)
+    if replay.turned and episodes > 1:
+        raise ValueError(mixed(replay.turned, "is given token after token"))
     size = len(rows) // episodes if batch_mean else 1
     with capture(replay.model, weights, second_order) as tape:
         look = replay.label_rows(batch).losses(batch.target, second_order=second_order)

@@ -31,7 +31,8 @@ def beside(
     """What ``sides[name]`` returns takes the place of the output of every weight inside.
 
     Raises:
-        ValueError: something else has replaced the forward of experts.
+        ValueError: something else has replaced the forward of experts. Inside: a module returns
+            more than a tensor.
     """
     hooks: dict[nn.Module, Callable[..., Any]] = {}
     experts: dict[nn.Module, dict[str, Side]] = {}
@@ -46,7 +47,7 @@ def beside(
                 )
             experts.setdefault(module, {})[place] = sides[w.name]
         else:
-            hooks[module] = partial(_beside, sides[w.name])
+            hooks[module] = partial(_beside, w.name, sides[w.name])
     with ExitStack() as stack:
         stack.enter_context(forward_hooks(hooks))
         for module, own in experts.items():
@@ -54,7 +55,9 @@ def beside(
         yield
 
 
-def _beside(side: Side, _module: nn.Module, args: Any, kwargs: Any, y: Tensor) -> Tensor:
+def _beside(name: str, side: Side, _module: nn.Module, args: Any, kwargs: Any, y: Any) -> Tensor:
+    if not isinstance(y, Tensor):  # Llama 4's routers
+        raise ValueError(f"the module of {name} returns more than its product; edit other weights")
     return side(first_input(args, kwargs), y, None)
 
 

@@ -12,7 +12,6 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +24,7 @@ from pymend.models.structure import EditedWeight, weight_of
 # Of the largest row of a weight in an episode: what is not above is the rounding of a zero. A key
 # that attends to itself alone has one: its gradient is a difference of equal sums.
 LIVE = {
-    dtype: torch.finfo(dtype).eps * (128 if dtype.itemsize > 2 else 1 / 8)
+    dtype: torch.finfo(dtype).eps * (512 if dtype.itemsize > 2 else 1 / 8)
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 }
 HALF_SCALE = 2.0**10  # keeps small float16 deltas above underflow; a power of two, so exact
@@ -71,12 +70,7 @@ class Tape:
             # Routed experts have several rows a token, one after the other.
             for x, given in zip(inputs, self._experts.get(name, inputs), strict=True):
                 if len(given) not in (flat if x.dim() == 2 else count):
-                    raise ValueError(
-                        f"the module of {name} is given {tuple(x.shape)}, not text after text, as "
-                        "experts and layers that put time first are, so edits would be mixed; edit "
-                        "facts one by one (training: accumulate as large as batch_size), or other "
-                        "weights"
-                    )
+                    raise ValueError(mixed(name, f"is given {tuple(x.shape)}"))
 
     def backward(
         self, loss: Tensor, episodes: int, shapes: Collection[tuple[int, ...]] = ()
@@ -118,14 +112,17 @@ class Tape:
             found = torch.autograd.grad(
                 loss * scale, probes, create_graph=self.second_order, allow_unused=True
             )
-        owners = [w.name for w in self.weights for _ in self._probes[w.name]]
-        for name, grad in zip(owners, found, strict=True):
-            if grad is None:
+        each = iter(found)
+        for name in (w.name for w in self.weights):
+            # A module that is called several times may be heard once.
+            if all([next(each) is None for _ in self._probes[name]]):
                 raise ValueError(
                     f"what the model says does not depend on the output of {name} in a way that "
                     "can be differentiated; edit other weights"
                 )
-        grads: Iterator[Any] = iter(found)
+        grads = (
+            torch.zeros_like(p) if g is None else g for p, g in zip(probes, found, strict=True)
+        )
         rows = {}
         for w in self.weights:
             # A module called several times contributes the rows of all its calls.
@@ -160,6 +157,15 @@ class Tape:
                 expert = torch.cat(ids, 1).flatten()[index]
             captured[name] = Factors(u[index], delta[index], tuple(count), expert)
         return captured
+
+
+def mixed(name: str, given: str) -> str:
+    """Why the rows of a weight cannot be told apart by text, as a sentence for the user."""
+    return (
+        f"the module of {name} {given}, not text after text, as experts and layers that put time "
+        "first are, so edits would be mixed; edit facts one by one (training: accumulate as large "
+        "as batch_size), or other weights"
+    )
 
 
 def _live(norms: Tensor, episodes: int, floor: float) -> Tensor:

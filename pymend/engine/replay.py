@@ -35,11 +35,15 @@ class Verdict(NamedTuple):
 
     prefix: str = ""  # why none can be kept
     mixed: str = ""  # why rows of unequal length go apart
+    alone: str = ""  # why all rows do
+    turned: str = ""  # the weight whose module is given tokens of texts, not texts of tokens
     head: str = ""  # why it gets whole rows
 
 
-# Of every model, by the number of blocks below the cut.
-_verdicts: weakref.WeakKeyDictionary[nn.Module, dict[int, Verdict]] = weakref.WeakKeyDictionary()
+# Of every model, by the weights, the number of blocks below the cut and the padding id; and of how
+# many tokens.
+_verdicts: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], tuple[int, Verdict]]]
+_verdicts = weakref.WeakKeyDictionary()
 
 
 class Replay:
@@ -59,7 +63,7 @@ class Replay:
         keep: bool = False,
         prefix: bool = True,
     ) -> None:
-        self.model, self.weights = model, weights
+        self.model, self.weights = model, tuple(weights)
         self.device = next(model.parameters()).device
         self.blocks, self.cut = lowest_block(model, weights) if prefix else (None, 0)
         parts = stacks(model)
@@ -78,25 +82,34 @@ class Replay:
         self._shape: tuple[list[Any], TreeSpec, list[int]] | None = None
         self._live = 0
         self._padding_id = padding_of(model)
-        self._mixed: str | None = None  # why rows of unequal length go apart; None: not tried yet
+        self._verdict: Verdict | None = None  # not tried yet
+        self._tried_tokens = 0
 
     def batch(self, rows: Sequence[Row]) -> Batch:
         """``rows`` padded for this model, on its device.
 
         Raises:
-            ValueError: rows of unequal length, of a model that padding changes.
+            ValueError: rows of unequal length, of a model that padding changes; or several, of one
+                that takes no other beside it.
         """
-        if self._mixed and len({len(r.prefix) for r in rows}) > 1:
+        tried, name = self._verdict or Verdict(), type(self.model).__name__
+        if tried.alone and len(rows) > 1:
+            id_ = "set model.config.pad_token_id, or " if self._padding_id is None else ""
             raise ValueError(
-                f"{type(self.model).__name__} takes no texts of unequal length at once "
-                f"({self._mixed}); edit facts one by one, or give texts of equal length"
+                f"{name} takes one text at a time ({tried.alone}); {id_}edit facts one by one"
+            )
+        if tried.mixed and len({(len(r.prefix), len(r.inputs)) for r in rows}) > 1:
+            raise ValueError(
+                f"{name} takes no texts of unequal length at once ({tried.mixed}); edit facts one "
+                "by one, or give texts of equal length"
             )
         return Batch.of(rows, self.device, self._padding_id)
 
     def load(self, rows: Sequence[Row]) -> None:
         """Compute the prefix states of ``rows`` that are not kept yet, similar lengths together."""
-        if self._mixed is None:
-            self._try(rows)
+        tokens = min(max(len(r.prefix) for r in rows), TRIED_TOKENS)
+        if self._tried_tokens < tokens:
+            self._try(rows, tokens)
         if self.cut == 0:
             return
         if not self._keep:
@@ -105,72 +118,109 @@ class Replay:
             {r.prefix for r in rows} - self._states.keys(), key=lambda ids: (len(ids), ids)
         )
         group: list[tuple[int, ...]] = []
+        tried = self._verdict or Verdict()
+        most = 0 if tried.mixed else self._padding
         for ids in todo:
             padding = len(ids) * len(group) - sum(map(len, group))
-            full = (len(group) + 1) * len(ids) > GROUP_TOKENS
-            if group and (full or padding > self._padding):
+            full = bool(tried.alone) or (len(group) + 1) * len(ids) > GROUP_TOKENS
+            if group and (full or padding > most):
                 self._record(group)
                 group = []
             group.append(ids)
         if group:
             self._record(group)
 
-    def _try(self, rows: Sequence[Row]) -> None:
-        """Find out, once a model, whether prefix and padding leave what it says as it is.
+    def _try(self, rows: Sequence[Row], tokens: int) -> None:
+        """Find out whether prefix and padding leave what the model says as it is.
 
+        Once a model, and again where texts are longer, up to TRIED_TOKENS.
         Blocks that are handed more than they return, states that mix rows, layers that share keys:
         there are many ways in which a prefix cannot be kept, and a trial finds them all.
         """
         known = _verdicts.setdefault(self.model, {})
-        if self.cut not in known:
-            tried = self._tried(rows)
+        key = self.weights, self.cut, self._padding_id
+        if key not in known or known[key][0] < tokens:
+            tried = self._tried(rows, tokens)
             if tried is None:  # nothing was learnt, so nothing is remembered, and nothing reused
                 self.cut = 0
                 return
-            known[self.cut] = tried
-            reason = known[self.cut].prefix
-            if reason:
+            known[key] = tokens, tried
+            if tried.prefix:
                 warnings.warn(
-                    f"{type(self.model).__name__} keeps no frozen prefix ({reason}); every pass "
-                    "runs the whole model",
+                    f"{type(self.model).__name__} keeps no frozen prefix ({tried.prefix}); every "
+                    "pass runs the whole model",
                     stacklevel=4,
                 )
-        verdict = known[self.cut]
-        self._mixed = verdict.mixed
-        if verdict.prefix:
+        self._tried_tokens, self._verdict = known[key]
+        if self._verdict.prefix:
             self.cut = 0
-        if verdict.head:
+        if self._verdict.head:
             self._head = None
 
     @torch.no_grad()
-    def _tried(self, rows: Sequence[Row]) -> Verdict | None:
+    def _tried(self, rows: Sequence[Row], size: int) -> Verdict | None:
         """What two short rows of unequal length show, run in several ways; None if they cannot."""
         longest = max(rows, key=lambda r: len(r.prefix))
-        size = min(len(longest.prefix), TRIED_TOKENS)
         if size < 3:
             return None
-        pair = [longest.part(size), longest.part(size - 2)]
+        pair = [longest.part(size, 2), longest.part(size - 2)]
         live = Replay(self.model, self.weights, prefix=False)
-        live._mixed = head = ""
+        live._verdict, head = Verdict(), ""
+
+        def seen() -> tuple[list[Tensor], str]:
+            alone = [live._said([row]) for row in pair]
+            reason = "padding changes what it says"
+            return alone, _differs(lambda: live._said(pair), torch.cat(alone), reason)
+
         try:
-            alone = [live._said([row]) for row in pair]
-        except (IndexError, RuntimeError, ValueError) as error:  # of a head that wants whole rows
-            live._head, head = None, type(error).__name__
-            alone = [live._said([row]) for row in pair]
-        if not all(x.isfinite().all() for x in alone):
-            return None  # whoever uses what it says will refuse it
-        mixed = _differs(lambda: live._said(pair), torch.cat(alone), "padding changes what it says")
+            alone, mixed = seen()
+        except (IndexError, RuntimeError, ValueError) as error:
+            alone, mixed = [], type(error).__name__
+        if mixed and live._head is not None:  # it may want whole rows
+            live._head, head = None, mixed
+            try:
+                alone, mixed = seen()
+            except (IndexError, RuntimeError, ValueError):
+                alone = []
+        if not alone or not all(x.isfinite().all() for x in alone):
+            return None  # too short for it; or whoever uses what it says will refuse it
+        twice = torch.cat(alone[:1] * 2)
+        beside = mixed and _differs(
+            lambda: live._said(pair[:1] * 2), twice, "a text beside it changes what it says"
+        )
+        turned = "" if beside else live._turned(pair[:1] * 2)
+        found = Verdict("", mixed, beside, turned, head)
         if self.cut == 0:
-            return Verdict(mixed=mixed, head=head)
+            return found
         trial = Replay(self.model, self.weights)
-        trial._mixed, trial._head = "", live._head
+        trial._verdict, trial._tried_tokens, trial._head = found, size, live._head
 
         def replayed() -> Tensor:
             trial.load(pair)
             return torch.cat([trial._said([row]) for row in pair])
 
         prefix = _differs(replayed, torch.cat(alone), "its answers would change")
-        return Verdict(prefix, mixed, head)
+        return found._replace(prefix=prefix)
+
+    def _turned(self, rows: Sequence[Row]) -> str:
+        """The weight whose module has another first dimension than ``rows``, but the same second.
+
+        XLNet puts time first. Of as many texts as tokens nobody could tell.
+        """
+        with ExitStack() as stack:
+            modules = {w.name: module_of(self.model, w.module) for w in self.weights}
+            calls = {name: stack.enter_context(watch(m)) for name, m in modules.items()}
+            self._said(rows)
+        for name, seen in calls.items():
+            for x in (x for call in seen for x in _tensors(call.inputs)):
+                if x.dim() == 3 and x.shape[0] != len(rows) == x.shape[1]:
+                    return name
+        return ""
+
+    @property
+    def turned(self) -> str:
+        """The weight whose rows cannot be told apart text by text, of several; "" if none is."""
+        return self._verdict.turned if self._verdict else ""
 
     def _said(self, rows: Sequence[Row]) -> Tensor:
         """Logits at the label positions of ``rows``."""
@@ -198,6 +248,10 @@ class Replay:
                 self._last = len(head) == 1 and seen == [logits._version]
             else:
                 self._encoder(**batch.inputs)
+        if (
+            len(last) != 1
+        ):  # by a wrong state the answers may change by little, the gradient by much
+            raise ValueError("its blocks are run several times a pass")
         leaves, spec = tree_flatten(last[-1].output)
         size = tuple(batch.inputs["input_ids"].shape)
 
@@ -263,10 +317,17 @@ class Replay:
         [rows, tokens, vocabulary] without ``labels`` (rows and positions), or if the head is
         edited; [rows, classes] of a classifier.
         """
+        read = batch.inputs.get("decoder_input_ids", batch.inputs["input_ids"])
+
+        def at_labels(x: Tensor) -> Tensor:
+            if x.dim() != 3 or x.shape[:2] != read.shape:
+                raise ValueError(f"its head is given {tuple(x.shape)}, not [rows, tokens, width]")
+            return x[labels][None]
+
         if self._head is None or labels is None:
             change: AbstractContextManager[None] = nullcontext()
         else:
-            change = changed_input(self._head, lambda x: x[labels][None])
+            change = changed_input(self._head, at_labels)
         with change:
             logits: Tensor = self.model(**batch.inputs, **self._options).logits
         return logits

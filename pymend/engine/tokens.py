@@ -92,14 +92,15 @@ class Row:
         """The same text with every position looked at."""
         return replace(self, first=0)
 
-    def part(self, tokens: int) -> Row:
+    def part(self, tokens: int, answer: int = 1) -> Row:
         """The first so many of the tokens that the lowest blocks read, all positions looked at.
 
-        The last one stays where a text has a frame.
+        The last one stays where a text has a frame. A decoder behind an encoder reads its start
+        token, ``answer`` times.
         """
         if self.source:
             source = (*self.source[: tokens - 1], self.source[-1])
-            return Row(self.ids[:1], answer=False, source=source)
+            return Row(self.ids[:1] * answer, answer=False, source=source)
         if self.label is not None:
             return Row((*self.ids[: tokens - 1], self.ids[-1]), answer=False, label=self.label)
         return Row(self.inputs[:tokens], answer=False)
@@ -139,13 +140,16 @@ class Batch:
     target: Tensor
 
     @classmethod
-    def of(cls, rows: Sequence[Row], device: torch.device | str = "cpu", padding: int = 0) -> Batch:
+    def of(
+        cls, rows: Sequence[Row], device: torch.device | str = "cpu", padding: int | None = None
+    ) -> Batch:
         """Pad ``rows`` on the right.
 
         Args:
-            padding: the model's own padding token. Padding is masked and carries no label, but a
-                decoder that classifies looks for its last token by that id.
+            padding: the model's own padding token, if it knows one. Padding is masked and carries
+                no label, but a decoder that classifies looks for its last token by that id.
         """
+        padding = padding or 0
         ids, mask = _padded([r.prefix for r in rows], padding)
         inputs = {"input_ids": ids, "attention_mask": mask}
         if rows[0].source:
@@ -163,11 +167,11 @@ class Batch:
         return cls(tuple(rows), on_device, row, position, target)
 
 
-def padding_of(model: torch.nn.Module) -> int:
-    """The id that ``model`` knows as padding, of its text part; 0 if it knows none."""
+def padding_of(model: torch.nn.Module) -> int | None:
+    """The id that ``model`` knows as padding, of its text part; None if it knows none."""
     config: Any = getattr(model, "config", None)
     found = getattr(config.get_text_config(), "pad_token_id", None) if config else None
-    return found if isinstance(found, int) and found >= 0 else 0
+    return found if isinstance(found, int) and found >= 0 else None
 
 
 def _padded(rows: Sequence[tuple[int, ...]], padding: int) -> tuple[Tensor, Tensor]:

@@ -143,8 +143,8 @@ def _holds_experts(block: nn.Module) -> bool:
     """Whether some module of a block has the ways up and down of experts as two parameters."""
     for module in block.modules():
         shapes = [p.shape for p in module._parameters.values() if p is not None and p.dim() == 3]
-        for (count, *up), (same, a, b) in product(shapes, shapes):
-            if count == same and {*up} in ({2 * a, b}, {2 * b, a}):
+        for (_, *up), (_, a, b) in product(shapes, shapes):  # LongCat's ways down are fewer
+            if {*up} in ({2 * a, b}, {2 * b, a}):
                 return True
     return False
 
@@ -177,9 +177,13 @@ def _mlp_names(block: nn.Module, prefix: str) -> list[str]:
 
 
 def _hidden(layers: Sequence[tuple[str, int, int]]) -> list[int]:
-    """The f for which all of ``layers`` are a way up d -> f or d -> 2f, or the way down f -> d."""
-    shapes = {(a, b) for _, a, b in layers}
-    return [f for f, d in shapes if f != d and shapes in ({(f, d), (d, f)}, {(f, d), (d, 2 * f)})]
+    """The f for which all of ``layers`` are a way up d -> f or d -> 2f, or the way down f -> d.
+
+    The first is a way up: f -> d and d -> f alone would not tell which is wide.
+    """
+    shapes, up = {(a, b) for _, a, b in layers}, layers[0][1]
+    ways = [f for f, d in shapes if f != d == up]
+    return [f for f in ways if shapes in ({(f, up), (up, f)}, {(f, up), (up, 2 * f)})]
 
 
 def find_blocks(part: nn.Module, prefix: str = "") -> tuple[str, nn.ModuleList]:
@@ -291,7 +295,7 @@ def find_weights(
         if any(module_of(model, n.rpartition(".")[0]) is not module for n in others):
             raise ValueError(
                 f"{name} is also {others[0]}, so an edit would act in both when merged and in one "
-                "when applied; leave it out"
+                "when applied; name other weights"
             )
         mode = sum(w.shape == found.shape for w in weights)
         routed = found.routed if kind not in EXPERTS else kind == "routed"
@@ -346,7 +350,7 @@ class Origin:
 
     ``name``: the folder or hub name that the model was loaded from. ``task``: PEFT's name of what
     it does. ``experts``: some block keeps the matrices of its experts in one parameter. ``chat``:
-    how prompts were put. ``editor``: what made the edit.
+    how prompts were put. ``editor``: what made the edit. ``kind``: the model's type.
     """
 
     name: str = ""
@@ -354,6 +358,7 @@ class Origin:
     experts: bool = False
     chat: bool | dict[str, Any] = False
     editor: str = ""
+    kind: str = ""
 
     @classmethod
     def of(cls, model: nn.Module) -> Origin:
@@ -367,7 +372,9 @@ class Origin:
         for prefix, part in stacks(inner).items():
             with suppress(ValueError):
                 experts |= any(_holds_experts(b) for b in find_blocks(part, prefix)[1])
-        return cls(str(getattr(inner, "name_or_path", "") or ""), task, experts)
+        kind = getattr(getattr(inner, "config", None), "model_type", "")
+        name = str(getattr(inner, "name_or_path", "") or "")
+        return cls(name, task, experts, kind=str(kind))
 
 
 def left_out(model: nn.Module, weights: Sequence[EditedWeight]) -> dict[str, str]:

@@ -51,7 +51,7 @@ class RunningMoments(nn.Module):
         Args:
             u, delta, counts: as in ``pymend.ops.moments``.
         """
-        if not merge and not self.count:
+        if not merge and not self.count and any(counts):  # no row where there never was a gradient
             raise RuntimeError("the editor has seen no training example; train it before editing")
         if not self.official:
             return moments(u, delta, counts, self.mean, self.m2, self.count, merge, dtype)[0]
