@@ -98,6 +98,8 @@ SIZES: dict[str, Any] = {
     **_each("pronunciation_embed_dim shape_embed_dim xpath_unit_hidden_size", 12),
     **_each("unit_embed_dim lang_embed_dim spkr_embed_dim hidden_size_per_layer_input", 12),
     **_each("ple_embed_dim bottleneck_size d_latents", 16),
+    **_each("num_self_attends_per_block", LAYERS),
+    **_each("num_latents", 8),
     **_each("image_size", 16),
     **_each("num_filters num_lstm_layers", 2),
     **_each("patch_size num_mel_bins", 8),
@@ -140,7 +142,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "lilt": {"hidden_size": 48, "intermediate_size": 64},
     "mamba2": {"head_dim": 16},
     "longcat_flash": {"head_dim": 4, "zero_expert_num": 2},
-    "mobilebert": {"intra_bottleneck_size": 24, "intermediate_size": WIDTH},
+    "mobilebert": {
+        "intra_bottleneck_size": 24,
+        "intermediate_size": WIDTH,
+        "normalization_type": "layer_norm",  # or it grows beyond all bounds
+    },
     "nllb-moe": {"encoder_sparse_step": 2, "decoder_sparse_step": 2},
     "nemotron": {"num_key_value_heads": 2},
     "qwen4_exp_text": {
@@ -176,7 +182,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 }
 
 # Parameters with more than one dimension that are no matrix.
-ODD = re.compile(r"A_log|conv|dt_|norm|scale|decay|lambda|position")
+ODD = re.compile(r"A_log|dt_|norm|scale|decay|lambda|position")
 
 
 def _small(full: PreTrainedConfig) -> PreTrainedConfig:
@@ -241,4 +247,5 @@ def _draw(model: nn.Module) -> None:
                 p.normal_(0, 0.5)
             elif p.dim() in (2, 3):
                 fan = p.shape[0] if isinstance(module, Conv1D) else p.shape[-1]
+                fan = p[0].numel() if isinstance(module, nn.Conv1d) else fan
                 p.normal_(0, 1.2 * fan**-0.5)

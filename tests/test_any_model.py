@@ -29,7 +29,7 @@ from pymend import EditRequest, MendConfig
 from pymend.algorithms.cache import Cache
 from pymend.algorithms.mend.mend import Mend
 from pymend.config import CacheConfig
-from pymend.engine.capture import LIVE, _live
+from pymend.engine.capture import BESIDE, LIVE, _live
 from pymend.engine.hooks import frozen
 from pymend.engine.replay import Replay
 from pymend.engine.tokens import Row
@@ -226,10 +226,19 @@ def test_rounding_is_no_live_row() -> None:
     eps = LIVE[torch.float32]
     u = torch.tensor([1.0, 1, 1, 1, 1, 0])
     delta = torch.tensor([1.0, eps / 2, 2 * eps, 100, 50 * eps, 1])
-    live = _live(torch.stack([u, delta]), 2, eps)
+    live = _live([torch.stack([u, delta])], 2, eps)
     assert live.tolist() == [True, False, True, True, False, False]
     delta[1] = torch.nan  # is looked at, so that it is refused
-    assert _live(torch.stack([u, delta]), 2, eps)[1]
+    assert _live([torch.stack([u, delta])], 2, eps)[1]
+
+
+def test_rounding_is_told_by_other_weights_too() -> None:
+    """A query's whole gradient may be little more than what rounding leaves of the value's."""
+    eps = LIVE[torch.float32]
+    query = torch.tensor([[1.0, 1, 1], [BESIDE * eps / 2, BESIDE * eps * 2, 0]])
+    value = torch.tensor([[1.0, 1, 1], [1, 1, 1]])
+    live = _live([query, value], 1, eps)
+    assert live.tolist() == [False, True, False, True, True, True]
 
 
 def test_attention_rows_do_not_depend_on_batch_mates() -> None:

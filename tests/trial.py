@@ -35,6 +35,7 @@ from pymend.errors import meant_for_user
 from pymend.models.structure import EditedWeight, find_weights
 
 CLOSE = 1e-4  # relative error of float32 through five random blocks
+TIMES = 10  # the plain model's own rounding, where that is large; a float64 copy tells
 EXACT = 1e-6  # of one product of matrices
 NOTHING = 1e-6  # share of the largest gradient below which one is rounding
 ADVICE = re.compile(r"; (otherwise )?(choose|edit|name|give|load|save|set|use|try|remove|leave)\b")
@@ -150,9 +151,9 @@ class Trial:
             return list(logits[:, None])
         return [x[row.first : len(row.inputs)] for x, row in zip(logits, rows, strict=True)]
 
-    def loss(self, row: Row) -> Tensor:
+    def loss(self, row: Row, model: Any = None) -> Tensor:
         """The token mean of one row."""
-        return cross_entropy(self.said(row), torch.tensor(row.targets()))
+        return cross_entropy(self.said(row, model), torch.tensor(row.targets()))
 
     @torch.no_grad()
     def by_hand(self, edit: Edit) -> Any:
@@ -214,9 +215,10 @@ class Trial:
             replay.load(rows)
             return mend.capture(replay, rows, len(rows))
 
-    def _dense_gradient(self, row: Row) -> list[Tensor]:
-        parameters = [self.model.get_parameter(w.name) for w in self.weights]
-        grads = torch.autograd.grad(self.loss(row), parameters, materialize_grads=True)
+    def _dense_gradient(self, row: Row, model: Any = None) -> list[Tensor]:
+        model = self.model if model is None else model
+        parameters = [model.get_parameter(w.name) for w in self.weights]
+        grads = torch.autograd.grad(self.loss(row, model), parameters, materialize_grads=True)
         if not any(grad.any() for grad in grads):
             raise Wrong("the plain model has no gradient, so nothing is shown")
         alike = [w.experts and not w.routed for w in self.weights]
@@ -228,10 +230,14 @@ class Trial:
     def _hold(self, row: Row, captured: dict[str, Factors], where: str) -> None:
         grads = self._dense_gradient(row)
         largest = max(grad.norm() for grad in grads)
-        for w, grad in zip(self.weights, grads, strict=True):
+        for i, (w, grad) in enumerate(zip(self.weights, grads, strict=True)):
             error = (summed(captured[w.name], w) - grad.double()).norm()
             if not error <= CLOSE * grad.norm() + NOTHING * largest:
-                raise Wrong(f"{where}, the factors of {w.name} are off by {error / largest:.1e}")
+                exact = self._dense_gradient(row, _exact(self.pristine))[i]
+                if not error <= TIMES * (exact - grad).norm():
+                    raise Wrong(
+                        f"{where}, the factors of {w.name} are off by {error / largest:.1e}"
+                    )
 
     @torch.no_grad()
     def _together(self) -> None:
@@ -450,9 +456,8 @@ class Trial:
             wanted = self.said(row, model)
             error = _error(values, wanted)
             if not error <= CLOSE:
-                # Of a looped model, rounding may be large; how large, a float64 copy tells.
-                exact = copy.deepcopy(self.pristine if model is None else model).double()
-                if not error <= 10 * _error(wanted, self.said(row, exact)):
+                exact = _exact(self.pristine if model is None else model)
+                if not error <= TIMES * _error(wanted, self.said(row, exact)):
                     raise Wrong(f"{what}: logits are off by {error:.1e}")
 
 
@@ -469,6 +474,13 @@ def summed(f: Factors | LowRank, w: EditedWeight) -> Tensor:
     else:
         total = torch.stack([delta[f.expert == e].mT @ u[f.expert == e] for e in range(w.experts)])
     return total.mT if w.transposed else total
+
+
+def _exact(model: Any) -> Any:
+    """A copy in float64."""
+    exact = copy.deepcopy(model).double()
+    exact.set_experts_implementation("eager")  # others know no float64
+    return exact
 
 
 def _of_episode(f: Factors, i: int) -> Factors:

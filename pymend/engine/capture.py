@@ -27,6 +27,9 @@ LIVE = {
     dtype: torch.finfo(dtype).eps * (512 if dtype.itemsize > 2 else 1 / 8)
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 }
+BESIDE = (
+    1 / 64
+)  # of that bound: the same beside the largest row of all weights, whose rounding it is
 HALF_SCALE = 2.0**10  # keeps small float16 deltas above underflow; a power of two, so exact
 
 
@@ -137,7 +140,7 @@ class Tape:
         on_host = torch.stack([torch.cat(side) for side in norms]).cpu()  # [2, rows of all weights]
         lengths = [len(u) for u, _ in rows.values()]
         floor = max(LIVE[p.dtype] for p in probes)
-        live = torch.cat([_live(x, episodes, floor) for x in on_host.split(lengths, 1)])
+        live = _live(on_host.split(lengths, 1), episodes, floor)
         broken = live & ~on_host.isfinite().all(0)
         if broken.any():
             parts = zip(rows, broken.split(lengths), strict=True)
@@ -168,11 +171,20 @@ def mixed(name: str, given: str) -> str:
     )
 
 
-def _live(norms: Tensor, episodes: int, floor: float) -> Tensor:
-    """Which rows of a weight count, from their norms [2, rows]: neither side is mere rounding."""
-    by_episode = norms.view(2, episodes, -1)
-    largest = by_episode.nan_to_num(0, 0, 0).amax(2, keepdim=True)
-    return ((by_episode > floor * largest) | ~by_episode.isfinite()).all(0).flatten()
+def _live(norms: Sequence[Tensor], episodes: int, floor: float) -> Tensor:
+    """Which rows count [rows of all weights]: neither side is mere rounding.
+
+    Args:
+        norms: of each weight those of u and delta, [2, rows].
+    """
+    by_episode = [x.view(2, episodes, -1) for x in norms]
+    largest = [x.nan_to_num(0, 0, 0).amax(2, keepdim=True) for x in by_episode]
+    of_all = torch.stack(largest).amax(0) * torch.tensor([0, BESIDE])[:, None, None]  # of deltas
+    live = [
+        ((x > floor * torch.maximum(most, of_all)) | ~x.isfinite()).all(0).flatten()
+        for x, most in zip(by_episode, largest, strict=True)
+    ]
+    return torch.cat(live)
 
 
 def _rows(parts: Sequence[Tensor], episodes: int) -> Tensor:
