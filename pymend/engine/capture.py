@@ -27,9 +27,8 @@ LIVE = {
     dtype: torch.finfo(dtype).eps * (512 if dtype.itemsize > 2 else 1 / 8)
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 }
-BESIDE = (
-    1 / 64
-)  # of that bound: the same beside the largest row of all weights, whose rounding it is
+# Of that bound: the same beside the largest row of all weights, whose rounding it is.
+BESIDE = 1 / 64
 HALF_SCALE = 2.0**10  # keeps small float16 deltas above underflow; a power of two, so exact
 
 
