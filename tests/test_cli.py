@@ -562,10 +562,12 @@ def test_edits_that_are_not_clear(
     assert "--prompt and --target" in fails(capsys, *base)
     assert "1 --prompt and 0 --target" in fails(capsys, *base, "--prompt", "ba")
     assert "or by --data" in fails(capsys, *base, "--prompt", "ba", "--data", records)
-    (tmp_path / "mine.txt").write_text("keep")
+    mine = tmp_path / "mine" / "mine.txt"
+    mine.parent.mkdir()
+    mine.write_text("keep")
     pair = ("--prompt", "ba", "--target", "be")
-    assert "is not empty" in fails(capsys, *base, *pair, "--merge", tmp_path)
-    assert (tmp_path / "mine.txt").read_text() == "keep"
+    assert "is not empty" in fails(capsys, *base, *pair, "--merge", mine.parent)
+    assert mine.read_text() == "keep"
 
 
 def test_an_output_that_is_taken_or_cannot_be_written(
@@ -776,7 +778,7 @@ def test_eval_measures_a_rival(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "--editor is missing; name what pymend train wrote"),
+        ([], "train one, once (pymend train --model"),
         (["--set", "lr=1"], "--set and --locality-data are for rivals"),
         (["--algorithm", "rome"], "--algorithm is 'rome'; choose one of ft, ft+kl, cache"),
         (["--algorithm", "mend"], "--algorithm is 'mend'; choose one of ft, ft+kl, cache"),
