@@ -33,7 +33,7 @@ def apply(
     peft: Annotated[str | None, Flag("save them as one LoRA adapter of PEFT", "DIR")] = None,
     tokens: Annotated[int, Flag("length of the answers shown", least=1)] = 20,
 ) -> None:
-    """Use saved edits: ask the edited model, talk to it, merge or export."""
+    """Use saved edits: ask, talk, merge, export."""
     if not edits:
         raise ValueError("name saved edits; pymend list shows those there are")
     if len({Path(folder).resolve() for folder in edits}) < len(edits):

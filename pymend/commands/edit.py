@@ -62,7 +62,7 @@ def edit(
     peft: Annotated[str | None, Flag("save the edit as a LoRA adapter of PEFT", "DIR")] = None,
     tokens: Annotated[int, Flag("length of the answers shown", least=1)] = 12,
 ) -> None:
-    """Edit facts with a trained editor; show what changed around them; save the edit."""
+    """Edit facts, see what changes around them."""
     requests = _requests(words, prompt, target, data)
     check_places(output, merge, peft, home=HOME)
     if facts == "independent" and (merge or peft):

@@ -14,7 +14,7 @@ from pymend.files import expect_kind, kind_of_folder, read_json
 def show(
     edit: Annotated[str, Flag("a saved edit", "EDIT", positional=True)],
 ) -> None:
-    """What a saved edit changes, how large it is, what came of it, and what made it."""
+    """What a saved edit changes, and what came of it."""
     from pymend.report.tables import blockwise, memory, number, table
 
     folder = Path(edit)
