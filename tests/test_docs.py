@@ -124,7 +124,8 @@ def lines_of(language: str, text: str) -> list[str]:
 def run_command(words: list[str]) -> None:
     """Run ``pymend words`` if that takes seconds; else look at the flags only."""
     quick = ("edit", "apply", "show", "list", "eval", "train")
-    if words[0] not in quick and words[:2] != ["models", "list"]:
+    talks = words[0] == "apply" and "--chat" in words
+    if talks or (words[0] not in quick and words[:2] != ["models", "list"]):
         check_flags(words)
         return
     small = SMALL if words[0] == "train" else []
