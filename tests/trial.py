@@ -73,8 +73,7 @@ class Trial:
         self.weights: tuple[EditedWeight, ...] = ()
         self.prefix, self.texts, self.peft = False, TEXTS[0], False
         self.before, self.pristine = _state(model), copy.deepcopy(model)
-        self.parts = {part for name, _ in model.named_parameters() for part in name.split(".")[-2:]}
-        self.parts -= {"weight", "bias", "dense", "0"}  # words that say nothing
+        self.named = {name for name, _ in model.named_parameters()}
         self.mend: Mend | None = None
         self.edit: Edit | None = None
 
@@ -128,7 +127,9 @@ class Trial:
                 trace = trace.tb_next
             where = trace and f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}"
             return "crash", f"{type(error).__name__}: {text[:300]} ({where})"
-        names = {*self.parts, *(type(m).__name__ for m in self.model.modules())}
+        # A parameter, a layer as PEFT calls it, or a class.
+        names = {*self.named, *(type(m).__name__ for m in self.model.modules())}
+        names |= {w.module.rpartition(".")[2] for w in self.weights}
         clear = ADVICE.search(text) and any(name in text for name in names)
         return "refused" if clear else "unclear", text
 
