@@ -58,5 +58,7 @@ def test_known_models_are_edited_in_experts_or_mlp(name: str, inside: str) -> No
 def test_attention_is_edited_nowhere_unasked() -> None:
     attention = re.compile(r"attn|attention|query|key|value|[qkvo]_proj")
     passed = {name: r for (_, name), r in KNOWN.items() if r["verdict"] == "passed"}
-    odd = [name for name, r in passed.items() if any(map(attention.search, r["edits"]))]
+    # RWKV's way up is a key, and its way down a value.
+    asked = {name: [e for e in r["edits"] if "feed_forward" not in e] for name, r in passed.items()}
+    odd = [name for name, edits in asked.items() if any(map(attention.search, edits))]
     assert odd == ["mobilebert"]  # whose values have the shape of its ways up
